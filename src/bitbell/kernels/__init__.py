@@ -1,0 +1,27 @@
+"""The maths as operators: rotate, pack, unpack, integer product.
+
+Every operator has one plain-PyTorch definition in `operators`; faster backends register on top of it and are held against
+it by the same tests.
+"""
+
+from bitbell.kernels.operators import (
+    ROTATION_BLOCK,
+    hadamard,
+    integer_product,
+    pack_codes,
+    packed_words,
+    rotate,
+    rotation_block,
+    unpack_codes,
+)
+
+__all__ = [
+    "ROTATION_BLOCK",
+    "hadamard",
+    "integer_product",
+    "pack_codes",
+    "packed_words",
+    "rotate",
+    "rotation_block",
+    "unpack_codes",
+]

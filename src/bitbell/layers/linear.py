@@ -1,0 +1,119 @@
+"""QuantLinear: `nn.Linear` with a weight quantizer and an activation quantizer, and nothing else new."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bitbell.kernels import rotate
+from bitbell.layers.product import integer_linear, product_dtype
+from bitbell.layers.recipes import Recipe
+from bitbell.quantizers import Quantized, Quantizer
+
+
+class SharedInput:
+    """Quantizes once what several layers are fed: q, k and v, or gate and up, share one activation quantizer.
+
+    The result is kept from the first layer's call until the last one's, and is used only for the very same tensor, under the
+    same grad mode, and once a layer; anything else is quantized anew.
+    """
+
+    def __init__(self, quantizer: Quantizer, num_layers: int) -> None:
+        self.quantizer, self.num_layers = quantizer, num_layers
+        self._kept: tuple[Tensor, bool, Quantized, tuple[int, ...]] | None = None
+
+    def quantize(self, x: Tensor, layer: int) -> Quantized:
+        """Quantize `x` for the layer with index `layer`."""
+        kept, grad = self._kept, torch.is_grad_enabled()
+        if kept is not None and kept[0] is x and kept[1] == grad and layer not in kept[3]:
+            quantized, served = kept[2], (*kept[3], layer)
+        else:
+            quantized, served = self.quantizer.quantize(x), (layer,)
+        self._kept = None if len(served) == self.num_layers else (x, grad, quantized, served)
+        return quantized
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SharedInput:
+        import copy
+
+        return SharedInput(copy.deepcopy(self.quantizer, memo), self.num_layers)
+
+
+class QuantizedLayer:
+    """What every layer with a quantized input has in common, trained or packed."""
+
+    recipe: Recipe
+    activation_quantizer: Quantizer | None
+    shared_input: SharedInput | None = None
+    place_in_shared_input: int = 0
+
+    def share_input(self, shared: SharedInput, place: int) -> None:
+        """Use a shared activation quantizer. The layer in place 0 owns it; only there is it part of the state."""
+        self.shared_input, self.place_in_shared_input = shared, place
+        if place > 0:
+            modules: dict[str, Any] = self._modules  # type: ignore[attr-defined]
+            modules.pop("activation_quantizer", None)
+            self.__dict__["activation_quantizer"] = shared.quantizer
+
+    def quantize_input(self, x: Tensor) -> Quantized:
+        """Codes and step of the layer's input."""
+        if self.shared_input is not None:
+            return self.shared_input.quantize(x, self.place_in_shared_input)
+        assert self.activation_quantizer is not None
+        return self.activation_quantizer.quantize(x)
+
+    def weight_codes(self) -> Tensor:
+        """Codes of the weight, uint8 of shape (out_features, in_features)."""
+        raise TypeError(f"{type(self).__name__} has no weight codes")
+
+
+class QuantLinear(nn.Linear, QuantizedLayer):
+    """A linear layer that multiplies codes: y = quantize(x) . quantize(weight)^T + bias.
+
+    `weight` (out_features, in_features) and `bias` are those of `nn.Linear`, in the unrotated domain. Needs
+    `bitbell.calibrate` before its first forward pass. Raises ValueError where the width cannot be rotated.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        recipe: Recipe | str,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        self.recipe = Recipe.parse(recipe) if isinstance(recipe, str) else recipe
+        with torch.device(self.weight.device):
+            self.weight_quantizer, self.activation_quantizer = self.recipe.quantizers_for(out_features, in_features)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, recipe: Recipe | str) -> QuantLinear:
+        """The quantized layer around the very parameters of `linear`."""
+        layer = cls(
+            linear.in_features, linear.out_features, recipe, linear.bias is not None, device="meta", dtype=linear.weight.dtype
+        )
+        layer.weight, layer.bias = linear.weight, linear.bias
+        rows, width = linear.out_features, linear.in_features
+        with torch.device(linear.weight.device):
+            layer.weight_quantizer, layer.activation_quantizer = layer.recipe.quantizers_for(rows, width)
+        return layer.train(linear.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.weight_quantizer.quantize(self.weight)
+        dtype = product_dtype(x)
+        if self.activation_quantizer is None:
+            y = F.linear(rotate(x, self.weight_quantizer.rotation), w.values.to(x.dtype))
+        else:
+            a = self.quantize_input(x)
+            y = integer_linear(a, w, self.activation_quantizer.zero_point, self.weight_quantizer.zero_point, dtype)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def weight_codes(self) -> Tensor:
+        return self.weight_quantizer.encode(self.weight)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, recipe={self.recipe.name}"

@@ -1,0 +1,222 @@
+"""A model -> the same model with quantized layers: ordered rules, a swap in place, and a report of what was done.
+
+    rules = {"*.mlp.*": Recipe("bbq", weights=2, activations=4), "lm_head": None, "*": "bbq-w4a4"}
+
+Patterns are shell-style and match full module names; `re:` starts a regular expression. The first match wins. None leaves a
+layer alone. Only plain `nn.Linear` layers are swapped; a subclass may be read past its `forward`, so it is left alone, with the
+reason. The output head keeps full precision unless a pattern other than "*" names it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitbell.layers.linear import QuantizedLayer, QuantLinear, SharedInput
+from bitbell.layers.recipes import Recipe, as_recipe
+from bitbell.quantizers import Quantizer
+
+Rules = Mapping[str, "Recipe | str | None"] | Recipe | str
+
+# Layers of these names under one parent are fed by the same tensor in the models we know.
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+HEAD_NAMES = ("lm_head", "embed_out", "head", "classifier", "score")
+
+
+def quantize(model: nn.Module, rules: Rules, *, share_inputs: bool = True) -> nn.Module:
+    """Swap the linear layers of `model` for quantized ones, in place, and return it.
+
+    rules: a recipe, its name, or an ordered mapping pattern -> recipe, name or None. share_inputs: let q/k/v and gate/up
+    projections of one block share one activation quantizer. The result must see `bitbell.calibrate(model, batch)` before its
+    first forward pass. Raises ValueError for a rule that matches nothing, for a layer that cannot be rotated, and for a model
+    that is quantized already.
+    """
+    if any(isinstance(module, QuantizedLayer) for module in model.modules()):
+        raise ValueError("this model is quantized already; quantize() works on a full-precision model, once")
+    compiled = _compile_rules(rules)
+    plan, kept = _plan(model, compiled)
+    _check_rules(model, compiled, plan)
+    layers: dict[str, nn.Module] = {}
+    for name, recipe in plan.items():
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        try:
+            layers[name] = QuantLinear.from_linear(linear, recipe)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error} (a rule {name!r}: None would leave it in full precision)") from None
+    if not layers:
+        raise ValueError("the model has no layer to quantize: " + _first_reasons(kept))
+    if isinstance(model, nn.Linear):
+        raise ValueError("quantize() swaps the layers inside a model; for a single layer use QuantLinear.from_linear")
+    for name, layer in layers.items():
+        replace_module(model, name, layer)
+    if share_inputs:
+        for group in _sibling_groups(layers):
+            _share(group)
+    model.__dict__["kept_in_full_precision"] = kept
+    return model
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` where `name` is in `model`."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def quantized_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Names and layers of `model` whose input is quantized or whose weight is stored in codes, trained or packed."""
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLayer):
+            yield name, module
+
+
+def _compile_rules(rules: Rules) -> list[tuple[str, Recipe | None]]:
+    if isinstance(rules, (str, Recipe)):
+        rules = {"*": rules}
+    if not isinstance(rules, Mapping) or not rules:
+        raise ValueError(f"rules must be a recipe, its name, or a mapping of patterns to recipes, got {rules!r}")
+    for pattern, value in rules.items():
+        if value is not None and not isinstance(value, (str, Recipe)):
+            raise ValueError(f"rule {pattern!r} must give a Recipe, a recipe's name or None, got {value!r}")
+    return [(pattern, as_recipe(value)) for pattern, value in rules.items()]
+
+
+def _matches(pattern: str, name: str) -> bool:
+    if pattern.startswith("re:"):
+        return re.fullmatch(pattern[3:], name) is not None
+    return fnmatch.fnmatchcase(name, pattern)
+
+
+def _plan(model: nn.Module, rules: list[tuple[str, Recipe | None]]) -> tuple[dict[str, Recipe], dict[str, str]]:
+    """Layers to swap with their recipes, and layers left alone with the reason."""
+    head = _head_name(model)
+    plan: dict[str, Recipe] = {}
+    kept: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding):
+            kept[name] = "embeddings keep full precision"
+        if not isinstance(module, nn.Linear):
+            continue
+        pattern, recipe = next(((p, r) for p, r in rules if _matches(p, name)), (None, None))
+        if pattern is None:
+            kept[name] = "no rule matches it"
+        elif recipe is None:
+            kept[name] = f"rule {pattern!r} leaves it alone"
+        elif name == head and pattern == "*":
+            kept[name] = "the output head keeps full precision unless a rule names it"
+        elif type(module) is not nn.Linear:
+            kept[name] = f"a {type(module).__name__} is not a plain nn.Linear"
+        else:
+            plan[name] = recipe
+    return plan, kept
+
+
+def _head_name(model: nn.Module) -> str | None:
+    """The name of the output head: what the model says it is, or the last linear layer if it is called like one."""
+    if callable(getattr(model, "get_output_embeddings", None)):
+        head = model.get_output_embeddings()
+        return next((name for name, module in model.named_modules() if module is head), None)
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return linears[-1] if linears and linears[-1].rpartition(".")[2] in HEAD_NAMES else None
+
+
+def _check_rules(model: nn.Module, rules: list[tuple[str, Recipe | None]], plan: dict[str, Recipe]) -> None:
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    modules = [name for name, _ in model.named_modules() if name]
+    for pattern, recipe in rules:
+        candidates = modules if recipe is None else linears
+        if not any(_matches(pattern, name) for name in candidates):
+            close = difflib.get_close_matches(pattern, linears, n=1, cutoff=0.3)
+            example = (close or linears or ["(none)"])[0]
+            raise ValueError(f"rule {pattern!r} matches no linear layer of the model. Its layers are called e.g. {example!r}")
+
+
+def _first_reasons(kept: dict[str, str]) -> str:
+    return "; ".join(f"{name or 'model'}: {reason}" for name, reason in list(kept.items())[:3]) or "it has no nn.Linear"
+
+
+def _sibling_groups(layers: Mapping[str, nn.Module]) -> Iterator[list[QuantLinear]]:
+    """Groups of layers with one parent and equal recipes that are fed by the same tensor."""
+    parents = dict.fromkeys(name.rpartition(".")[0] for name in layers)
+    for parent in parents:
+        for siblings in SIBLINGS:
+            group = [layers.get(f"{parent}.{child}" if parent else child) for child in siblings]
+            found = [layer for layer in group if isinstance(layer, QuantLinear) and layer.activation_quantizer is not None]
+            alike = {(layer.in_features, layer.recipe.name, str(layer.recipe)) for layer in found}
+            if len(found) == len(siblings) and len(alike) == 1:
+                yield found
+
+
+def _share(group: list[QuantLinear]) -> None:
+    assert group[0].activation_quantizer is not None
+    shared = SharedInput(group[0].activation_quantizer, len(group))
+    for place, layer in enumerate(group):
+        layer.share_input(shared, place)
+
+
+def quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:
+    """Names and quantizers of `model`, each once."""
+    for name, module in model.named_modules():
+        if isinstance(module, Quantizer):
+            yield name, module
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, batch: Any, *, again: bool = False) -> nn.Module:
+    """Set every quantizer's scale from the weights and from one forward pass over `batch`; return the model.
+
+    batch: what the model is called with: a tensor, a tuple of arguments or a dict of keywords. Each layer is calibrated on
+    what the quantized layers before it put out. again: also those that are calibrated already. The model is left in its mode.
+    Raises ValueError naming the layer if its weight or input is empty or not finite, or if `batch` does not reach it.
+    """
+    fed: dict[int, tuple[str, Tensor]] = {}
+    done: set[int] = set()
+
+    def before(name: str, layer: QuantLinear, args: tuple[Any, ...]) -> None:
+        shared = layer.shared_input
+        if shared is not None and fed.setdefault(id(shared), (name, args[0]))[1] is not args[0]:
+            raise ValueError(
+                f"{name} and {fed[id(shared)][0]} share one activation quantizer but are fed different tensors; "
+                "quantize the model with share_inputs=False"
+            )
+        for what, quantizer, data in (
+            ("weight", layer.weight_quantizer, layer.weight),
+            ("input", layer.activation_quantizer, args[0]),
+        ):
+            if quantizer is None or id(quantizer) in done:
+                continue
+            done.add(id(quantizer))
+            if again or not bool(quantizer.calibrated):
+                try:
+                    quantizer.calibrate(data)
+                except ValueError as error:
+                    raise ValueError(f"{what} of {name}: {error}") from None
+
+    hooks = []
+    for name, layer in quantized_layers(model):
+        if isinstance(layer, QuantLinear):
+            hooks.append(layer.register_forward_pre_hook(lambda layer, args, name=name: before(name, layer, args)))
+    was_training = model.training
+    model.eval()
+    try:
+        _call(model, batch)
+    finally:
+        model.train(was_training)
+        for hook in hooks:
+            hook.remove()
+    missed = [name for name, quantizer in quantizers(model) if not bool(quantizer.calibrated)]
+    if missed:
+        raise ValueError(f"the batch did not reach {len(missed)} quantizers, so they have no scale: {', '.join(missed[:3])} ...")
+    return model
+
+
+def _call(model: nn.Module, batch: Any) -> Any:
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)

@@ -1,0 +1,88 @@
+"""Named model sizes as `transformers` configurations; bitbell has no model code of its own.
+
+The sizes are those of the BBQ and QuEST papers (non-embedding parameters; head dimension 128, untied head, no biases) and a
+`tiny` one that trains in minutes on two CPU cores.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A LLaMA size. learning_rate and tokens are the published training settings (peak rate; budget)."""
+
+    layers: int
+    width: int
+    heads: int
+    feed_forward: int
+    learning_rate: float
+    tokens: float
+    vocabulary: int = 32_000
+
+
+PRESETS: dict[str, Preset] = {
+    "tiny": Preset(layers=4, width=256, heads=4, feed_forward=768, learning_rate=4e-3, tokens=3e5, vocabulary=1024),
+    "30m": Preset(layers=6, width=640, heads=5, feed_forward=1792, learning_rate=1.2e-3, tokens=3e9),
+    "50m": Preset(layers=7, width=768, heads=6, feed_forward=2048, learning_rate=1.2e-3, tokens=5e9),
+    "100m": Preset(layers=8, width=1024, heads=8, feed_forward=2816, learning_rate=6e-4, tokens=1e10),
+    "200m": Preset(layers=10, width=1280, heads=10, feed_forward=3584, learning_rate=3e-4, tokens=2e10),
+}
+
+
+def find_preset(name: str) -> Preset:
+    """The preset called `name`. Raises ValueError with a suggestion for an unknown one."""
+    if name not in PRESETS:
+        close = difflib.get_close_matches(name.lower(), PRESETS, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}.{hint}")
+    return PRESETS[name]
+
+
+def llama_config(name: str, *, vocab_size: int | None = None, sequence_length: int = 512) -> Any:
+    """The `transformers.LlamaConfig` of a preset; `vocab_size` defaults to the preset's own."""
+    from transformers import LlamaConfig
+
+    preset = find_preset(name)
+    return LlamaConfig(
+        vocab_size=vocab_size or preset.vocabulary,
+        hidden_size=preset.width,
+        intermediate_size=preset.feed_forward,
+        num_hidden_layers=preset.layers,
+        num_attention_heads=preset.heads,
+        num_key_value_heads=preset.heads,
+        max_position_embeddings=max(sequence_length, 512),
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=False,
+        initializer_range=0.02,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+
+
+def build_model(name: str, *, vocab_size: int | None = None, sequence_length: int = 512, seed: int = 0) -> nn.Module:
+    """A randomly initialised causal language model of a preset: N(0, 0.02), outputs of a block N(0, 0.02 / sqrt(2 layers)).
+
+    The same seed gives the same weights. Source: BBQ's published training code.
+    """
+    import torch
+    from transformers import LlamaForCausalLM
+
+    config = llama_config(name, vocab_size=vocab_size, sequence_length=sequence_length)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: nn.Module = LlamaForCausalLM(config)
+        deep = 0.02 / math.sqrt(2 * config.num_hidden_layers)
+        with torch.no_grad():
+            for parameter_name, parameter in model.named_parameters():
+                if parameter_name.endswith(("o_proj.weight", "down_proj.weight")):
+                    parameter.normal_(0.0, deep)
+    return model

@@ -1,0 +1,197 @@
+"""The contract of every quantizer: a tensor -> integer codes, their values, and a gradient.
+
+    x --rotate--normalise--compand--round--> codes  --(code - zero point) * step-->  values
+
+A quantizer owns its scale and its statistics, all of them shaped parameters and persistent buffers from construction on. It
+knows nothing of layers, models or files. A method is one file with one subclass: it says how codes are chosen
+(`quantize`), where its scale starts (`initial_scale`) and how a scale becomes a step (`step`).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bitbell.kernels import ROTATION_BLOCK
+
+
+class Quantized(NamedTuple):
+    """What `Quantizer.quantize(x)` returns.
+
+    values: level times step, the shape of x, float; differentiable.
+    codes:  centred integer codes `-2**(bits-1) .. 2**(bits-1) - 1`, the shape of x, int8. level = code - zero point.
+    step:   value of one level, float, broadcastable to x: one a row, one a token, or one in all. NaN wherever the
+            statistics of x are NaN, so that integer codes cannot hide a NaN.
+    """
+
+    values: Tensor
+    codes: Tensor
+    step: Tensor
+
+
+class Quantizer(nn.Module):
+    """A tensor quantizer. Weights: `rows` says how many rows share nothing. Activations: `rows=None`, one scale in all.
+
+    bits: 1 to 8. rotation: block of the Hadamard rotation of the last dimension, or None. zero_point: of the centred
+    codes, so that level = code - zero_point (-0.5: levels symmetric around zero). Raises ValueError for bits outside 1-8.
+    """
+
+    method: ClassVar[str]
+    scale_is_learned: ClassVar[bool] = True
+    scale_decays: ClassVar[bool] = False  # whether weight decay applies to the scale
+    rotates: ClassVar[bool] = True  # whether the method rotates unless told otherwise
+    weights_share_scale: ClassVar[bool] = False  # one scale for a whole weight matrix instead of one a row
+    layer_activation_options: ClassVar[dict[str, Any]] = {}  # what a layer's activation quantizer differs in by default
+
+    bits: int
+    scale: Tensor
+    calibrated: Tensor
+
+    def __init__(self, bits: int, rows: int | None, rotation: int | None, zero_point: float) -> None:
+        super().__init__()
+        if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
+            raise ValueError(f"bits must be an integer from 1 to 8, got bits={bits!r}")
+        if rows is not None and rows < 1:
+            raise ValueError(f"rows must be positive or None (one scale for the tensor), got rows={rows}")
+        if rotation is not None and (rotation < 1 or rotation & (rotation - 1)):
+            raise ValueError(f"rotation must be a power of two or None, got rotation={rotation}")
+        self.bits, self.rows, self.rotation, self.zero_point = bits, rows, rotation, zero_point
+        scale = torch.ones((1,) if rows is None else (rows, 1))
+        if self.scale_is_learned:
+            self.scale = nn.Parameter(scale)
+        else:
+            self.register_buffer("scale", scale)
+        self.register_buffer("calibrated", torch.zeros(1, dtype=torch.bool))
+        self._seen_calibrated = False  # spares later calls the look at the buffer, which would wait for a GPU
+
+    # What a method defines -------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def quantize(self, x: Tensor) -> Quantized:
+        """Values (differentiable), centred codes and step of `x`."""
+
+    @abstractmethod
+    def initial_scale(self, x: Tensor) -> Tensor:
+        """The scale to start from, given data `x`; broadcast to the scale's shape."""
+
+    def step(self) -> Tensor:
+        """The value of one level, from the stored scale; shaped like `scale`."""
+        return self.scale
+
+    # What every method shares ----------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.quantize(x).values
+
+    @torch.no_grad()
+    def calibrate(self, x: Tensor) -> None:
+        """Set the scale (and running statistics) from data `x`, and remember that it has happened.
+
+        Raises ValueError if `x` is empty or not finite.
+        """
+        self.check_input(x)
+        if not x.numel() or not bool(torch.isfinite(x).all()):
+            what = "an empty tensor" if not x.numel() else "a tensor with NaN or infinity"
+            raise ValueError(f"cannot calibrate {self.method} on {what} of shape {tuple(x.shape)}")
+        self.scale.copy_(self.initial_scale(x).to(self.scale.dtype).expand(self.scale.shape))
+        self.calibrated.fill_(True)
+
+    @torch.no_grad()
+    def encode(self, x: Tensor) -> Tensor:
+        """Codes 0 .. 2**bits - 1 of `x`, uint8, the same shape. Packing stores exactly these."""
+        was_training, self.training = self.training, False
+        try:
+            codes = self.quantize(x).codes
+        finally:
+            self.training = was_training
+        return (codes.to(torch.int16) + 2 ** (self.bits - 1)).to(torch.uint8)
+
+    def decode(self, codes: Tensor, step: Tensor | None = None) -> Tensor:
+        """Values of `codes` (uint8). `step` defaults to the stored one."""
+        step = self.step() if step is None else step
+        return self.levels.to(step.device, step.dtype)[codes.long()] * step
+
+    @property
+    def levels(self) -> Tensor:
+        """The table code -> level, float32 of shape (2**bits,), in units of the step."""
+        return torch.arange(2**self.bits, dtype=torch.float32) - 2 ** (self.bits - 1) - self.zero_point
+
+    def entropy(self, x: Tensor) -> float:
+        """Shannon entropy of the codes of `x`, in bits; at most `bits`."""
+        return entropy_of(code_histogram(self.encode(x), self.bits))
+
+    def check_input(self, x: Tensor) -> None:
+        """Raise ValueError, naming what is wrong, unless `x` is a float tensor with the rows this quantizer was made for."""
+        if not x.is_floating_point():
+            raise ValueError(f"{self.method} quantizes float tensors, got {x.dtype}")
+        if self.rows is not None and (x.dim() != 2 or x.shape[0] != self.rows):
+            raise ValueError(f"this {self.method} quantizer was made for (rows={self.rows}, columns), got {tuple(x.shape)}")
+
+    def require_calibrated(self) -> None:
+        """Raise RuntimeError unless the scale has been set. Skipped while compiling, where it would break the graph."""
+        if torch.compiler.is_compiling() or self._seen_calibrated or self.calibrated.is_meta:
+            return
+        self._seen_calibrated = bool(self.calibrated)
+        if not self._seen_calibrated:
+            raise RuntimeError(
+                f"this {self.method} quantizer has no scale yet: call bitbell.calibrate(model, batch), or .calibrate(x) on the "
+                "quantizer, before the first forward pass, or load a checkpoint"
+            )
+
+    def options(self) -> dict[str, Any]:
+        """What rebuilds this quantizer: `Method(**options)`, all of it JSON."""
+        return {"bits": self.bits, "rows": self.rows, "rotation": self.rotation, "zero_point": self.zero_point}
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in self.options().items())
+
+
+def code_histogram(codes: Tensor, bits: int) -> Tensor:
+    """How often each code occurs: uint8 codes -> int64 counts of shape (2**bits,)."""
+    return torch.bincount(codes.flatten().long(), minlength=2**bits)
+
+
+def entropy_of(histogram: Tensor) -> float:
+    """Shannon entropy, in bits, of counts. Raises ValueError if there are none."""
+    total = float(histogram.sum())
+    if total == 0:
+        raise ValueError("an empty tensor has no entropy")
+    share = histogram[histogram > 0].double() / total
+    return max(0.0, -float((share * share.log2()).sum()))
+
+
+def wide(x: Tensor) -> Tensor:
+    """`x` in the precision that quantizers compute in: float32, or float64 if it has that already."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def normal_cdf(v: Tensor) -> Tensor:
+    """The distribution function of the standard normal."""
+    return 0.5 * (1 + torch.erf(v * math.sqrt(0.5)))
+
+
+def normal_pdf(v: Tensor) -> Tensor:
+    """The density of the standard normal."""
+    return torch.exp(-0.5 * v.square()) * (1 / math.sqrt(2 * math.pi))
+
+
+def sum_to(x: Tensor, like: Tensor) -> Tensor:
+    """Sum `x` over whatever was broadcast, so that it takes the shape of `like`."""
+    return x.sum_to_size(like.shape)
+
+
+__all__ = [
+    "ROTATION_BLOCK",
+    "Quantized",
+    "Quantizer",
+    "code_histogram",
+    "entropy_of",
+    "normal_cdf",
+    "normal_pdf",
+    "sum_to",
+    "wide",
+]

@@ -1,0 +1,87 @@
+"""LSQ, Learned Step Size Quantization (Esser et al., ICLR 2020, arXiv 1902.08153), with symmetric half-integer levels.
+
+    r = clip(round(x / s - 1/2), -Qn, Qp) + 1/2        Qn = 2**(bits-1), Qp = Qn - 1
+    y = s r
+
+Backward: dL/dx = dL/dy inside the clip and zero outside; dL/ds = sum(dL/dy * (r - x/s inside, r outside)) / sqrt(numel Qp).
+The grid is the one of BBQ's and QuEST's comparison (2**bits levels, none of them zero). Their code divides by Qp = 0 at 1 bit;
+here Qp counts as 1 in the start value and in the gradient's factor, so 1 bit works: y = +-s/2.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitbell.kernels import rotate
+from bitbell.quantizers.base import Quantized, Quantizer, sum_to, wide
+
+SMALLEST_STEP = 1e-8  # a step that training drives to zero or below acts as this, and may come back
+
+
+class LSQ(Quantizer):
+    """Quantize to `bits` bits with a learned step: one for the tensor, or with `rows` one per row. No rotation by default.
+
+    The scale is the step. As in the published comparisons it takes part in weight decay.
+    """
+
+    method = "lsq"
+    scale_decays = True
+    rotates = False
+    weights_share_scale = True
+
+    def __init__(self, bits: int, rows: int | None = None, rotation: int | None = None) -> None:
+        super().__init__(bits, rows, rotation, zero_point=-0.5)
+
+    def quantize(self, x: Tensor) -> Quantized:
+        self.check_input(x)
+        self.require_calibrated()
+        return Quantized(*_LearnedStep.apply(x, self.scale, self.bits, self.rotation))
+
+    def initial_scale(self, x: Tensor) -> Tensor:
+        size = rotate(wide(x), self.rotation).abs()
+        mean = size.mean().reshape(1) if self.rows is None else size.mean(-1, keepdim=True)
+        return (2 * mean / math.sqrt(_top(self.bits))).clamp_min(SMALLEST_STEP)
+
+    def step(self) -> Tensor:
+        return self.scale.clamp_min(SMALLEST_STEP)
+
+    def options(self) -> dict[str, Any]:
+        return {name: value for name, value in super().options().items() if name != "zero_point"}
+
+
+def _top(bits: int) -> int:
+    return max(2 ** (bits - 1) - 1, 1)
+
+
+class _LearnedStep(torch.autograd.Function):
+    """The formulas above. Keeps `x` and the codes (int8) for the backward pass and recomputes the rest."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, bits: int, rotation: int | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        h = rotate(wide(x), rotation)
+        step = scale.to(h.dtype).clamp_min(SMALLEST_STEP)
+        half = 2 ** (bits - 1)
+        code = (h / step - 0.5).round().clamp(-half, half - 1)
+        codes = code.to(torch.int8)
+        traced_step = step + 0 * code.sum()  # NaN in x shows in the step, since int8 cannot carry it
+        ctx.save_for_backward(x, scale, codes)
+        ctx.bits, ctx.rotation = bits, rotation
+        ctx.mark_non_differentiable(codes, traced_step)
+        return (code + 0.5) * step, codes, traced_step
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, codes = ctx.saved_tensors
+        h = rotate(wide(x), ctx.rotation)
+        half = 2 ** (ctx.bits - 1)
+        ratio = h / scale.to(h.dtype).clamp_min(SMALLEST_STEP)
+        inside = (ratio - 0.5 >= -half) & (ratio - 0.5 <= half - 1)
+        error = codes.to(g.dtype) + 0.5 - torch.where(inside, ratio, 0.0)
+        grad_scale = sum_to(g * error, scale) / math.sqrt(max(h.numel(), 1) * _top(ctx.bits))
+        return rotate(g * inside, ctx.rotation).to(x.dtype), grad_scale.to(scale.dtype), None, None
