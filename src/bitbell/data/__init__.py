@@ -1,9 +1,10 @@
 """Text to batches: sources are tokenized once into flat shards, and training reads windows of them by step.
 
-    sources.py --documents--> tokenization.py --tokens--> shards.py --windows--> loader.py --> (batch, length + 1)
+    sources --documents--> tokenization --tokens--> shards, directory --windows--> loader --batches-->
 
-`tokenizers.py` turns text into token ids and back, `shuffle.py` holds the two pseudo-random functions that the
-held-out split and the order of the batches come from. The names below are imported when they are first used.
+`tokenizers.py` turns text into token ids and back, `shuffle.py` holds the two pseudo-random functions that
+the held-out split and the order of the batches come from. The names below are imported when they are first
+used.
 """
 
 from importlib import import_module

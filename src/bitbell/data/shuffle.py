@@ -1,9 +1,10 @@
 """Pseudo-random numbers that depend on their arguments only, so that any of them can be computed at any time.
 
-`draw` hashes a few integers to 64 bits. `Permutation` shuffles 0 .. size - 1 without storing the order: a balanced
-Feistel network is a bijection of the numbers of 2h bits whatever its round function is, and cycle walking (apply it
-again until the result is below `size`) restricts that bijection to the range that is wanted. With 2h chosen as small
-as possible the network's domain is at most four times the range, so a few walks are enough on average.
+`draw` hashes a few integers to 64 bits. `Permutation` shuffles 0 .. size - 1 without storing the order: a
+balanced Feistel network is a bijection of the numbers of 2h bits whatever its round function is, and cycle
+walking (apply it again until the result is below `size`) restricts that bijection to the range that is
+wanted. With 2h chosen as small as possible the network's domain is at most four times the range, so a few
+walks are enough on average.
 """
 
 from collections.abc import Sequence
@@ -35,8 +36,10 @@ class Permutation:
     def __call__(self, positions: Sequence[int] | np.ndarray) -> np.ndarray:
         """Return what stands at these positions (integers in 0 .. size - 1), as int64 of the same length."""
         places = np.asarray(positions, dtype=np.int64)
-        if places.size and not (0 <= places.min() and places.max() < self.size):
-            raise ValueError(f"positions must lie in 0 .. {self.size - 1}, got {places.min()} .. {places.max()}.")
+        if places.size and not (places.min() >= 0 and places.max() < self.size):
+            raise ValueError(
+                f"positions must lie in 0 .. {self.size - 1}, got {places.min()} .. {places.max()}."
+            )
         values = self._feistel(places.astype(np.uint64))
         while (outside := values >= self.size).any():
             values[outside] = self._feistel(values[outside])

@@ -1,12 +1,13 @@
 """Sources to documents, streamed: nothing here holds more than one document, block or record batch.
 
     "kjv"                        the King James Bible that comes with bitbell
-    FILE or FOLDER               text (any suffix), .jsonl .ndjson .json (one object a line), .parquet; text and JSON
-                                 lines also as .gz and .xz; a folder stands for all its files, hidden ones left out
+    FILE or FOLDER               text (any suffix), .jsonl .ndjson .json (one object a line), .parquet;
+                                 text and JSON lines also as .gz and .xz; a folder stands for all its files,
+                                 hidden ones left out
     hf:NAME[:CONFIG][:SPLIT]     a data set of the Hugging Face Hub, streamed (SPLIT is "train" if not given)
 
-A document is a JSON line, a Parquet row or a row of a Hub data set. A text file is cut at line ends into blocks, each of
-which is a document of its own; the blocks of a file, joined, are the file, byte for byte.
+A document is a JSON line, a Parquet row or a row of a Hub data set. A text file is cut at line ends into
+blocks, each of which is a document of its own; the blocks of a file, joined, are the file, byte for byte.
 """
 
 import gzip
@@ -17,7 +18,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, BinaryIO, TextIO, cast
+from typing import Any, BinaryIO, TextIO, cast
 
 CORPUS = "kjv"
 BLOCK_BYTES = 64 * 1024
@@ -30,7 +31,7 @@ _INSTALL = "Install it with: pip install 'bitbell[data]'"
 
 @dataclass(frozen=True)
 class Source:
-    """One file (`path`), or one Hub data set (`path` is None); `name` is what messages and records call it."""
+    """One file (`path`), or one Hub data set (`path` is None); `name` is what records call it."""
 
     name: str
     path: Path | None
@@ -87,10 +88,14 @@ def _expand(spec: str) -> list[Source]:
 def _files_in(folder: Path) -> list[Source]:
     inside = [(file.relative_to(folder), file) for file in folder.rglob("*") if file.is_file()]
     visible = sorted(
-        (name.as_posix(), file) for name, file in inside if not any(part.startswith(".") for part in name.parts)
+        (name.as_posix(), file)
+        for name, file in inside
+        if not any(part.startswith(".") for part in name.parts)
     )
     if not visible:
-        raise ValueError(f"no files found in folder {str(folder)!r} (hidden ones are left out). Put text files there.")
+        raise ValueError(
+            f"no files found in folder {str(folder)!r} (hidden ones are left out). Put text files there."
+        )
     return [Source(name, file) for name, file in visible]
 
 
@@ -106,8 +111,8 @@ def fingerprint(source: Source) -> dict[str, Any]:
 def read_documents(sources: Iterable[Source], text_field: str, block_lines: int) -> Iterator[Document]:
     """Stream the documents of all sources; empty or null texts are passed over.
 
-    `block_lines` and 64 KiB, whichever comes first, bound a block of a text file. Raises ValueError that names the
-    file and the place (byte offset, line or row) of anything that cannot be read as text.
+    `block_lines` and 64 KiB, whichever comes first, bound a block of a text file. Raises ValueError that
+    names the file and the place (byte offset, line or row) of anything that cannot be read as text.
     """
     for source in sources:
         if source.path is None:
@@ -135,7 +140,9 @@ def _lines(path: Path, limit: int = -1) -> Iterator[bytes]:
             while line := file.readline(limit):
                 yield line
     except _BAD_ARCHIVE as error:
-        raise ValueError(f"{path} is damaged or no {path.suffix} file: {error}. Make or fetch it again.") from error
+        raise ValueError(
+            f"{path} is damaged or no {path.suffix} file: {error}. Make or fetch it again."
+        ) from error
 
 
 def _text_documents(source: Source, block_lines: int) -> Iterator[Document]:
@@ -182,12 +189,16 @@ def _decode(block: bytes, path: Path, offset: int) -> str:
     """UTF-8 text of a block that starts `offset` bytes into the (decompressed) file."""
     advice = "Leave the file out, or convert it to UTF-8."
     if (zero := block.find(0)) >= 0:
-        raise ValueError(f"{path} is a binary file, not text: NUL byte at byte offset {offset + zero}. {advice}")
+        raise ValueError(
+            f"{path} is a binary file, not text: NUL byte at byte offset {offset + zero}. {advice}"
+        )
     try:
         return block.decode("utf-8")
     except UnicodeDecodeError as error:
         where = offset + error.start
-        raise ValueError(f"{path} is not UTF-8 text: {error.reason} at byte offset {where}. {advice}") from error
+        raise ValueError(
+            f"{path} is not UTF-8 text: {error.reason} at byte offset {where}. {advice}"
+        ) from error
 
 
 def _json_documents(source: Source, text_field: str) -> Iterator[Document]:
@@ -202,7 +213,9 @@ def _json_documents(source: Source, text_field: str) -> Iterator[Document]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{place}: broken JSON ({error}). Every line must be one whole JSON object.") from error
+            raise ValueError(
+                f"{place}: broken JSON ({error}). Every line must be one whole JSON object."
+            ) from error
         if not isinstance(row, dict):
             raise ValueError(f"{place}: a JSON object is needed, got {type(row).__name__}.")
         if text_field not in row:
@@ -215,7 +228,9 @@ def _parquet_documents(source: Source, text_field: str) -> Iterator[Document]:
         import pyarrow as arrow
         import pyarrow.parquet as parquet
     except ImportError as error:
-        raise ValueError(f"{source.path} is a Parquet file, and pyarrow is not installed. {_INSTALL}") from error
+        raise ValueError(
+            f"{source.path} is a Parquet file, and pyarrow is not installed. {_INSTALL}"
+        ) from error
     try:
         file = parquet.ParquetFile(source.path)
     except arrow.ArrowException as error:
@@ -236,7 +251,9 @@ def _parquet_rows(file: Any, source: Source, text_field: str) -> Iterator[Docume
                 yield from _document(value, f"{source.path}, row {row}", text_field)
                 row += 1
     except (ArrowException, UnicodeDecodeError, OSError) as error:
-        raise ValueError(f"{source.path} is damaged near row {row}: {error}. Make or fetch it again.") from error
+        raise ValueError(
+            f"{source.path} is damaged near row {row}: {error}. Make or fetch it again."
+        ) from error
 
 
 def _hub_documents(source: Source, text_field: str) -> Iterator[Document]:
@@ -255,11 +272,15 @@ def _hub_records(spec: str) -> Iterator[dict[str, Any]]:
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise ValueError(f"{spec} is read by the package datasets, which is not installed. {_INSTALL}") from error
+        raise ValueError(
+            f"{spec} is read by the package datasets, which is not installed. {_INSTALL}"
+        ) from error
     try:
         yield from load_dataset(name, config or None, split=split or "train", streaming=True)
     except Exception as error:  # network, a wrong name or split: many types, one answer
-        raise ValueError(f"{spec} cannot be read: {error}. Check name, config, split and connection.") from error
+        raise ValueError(
+            f"{spec} cannot be read: {error}. Check name, config, split and connection."
+        ) from error
 
 
 def _document(value: object, place: str, text_field: str) -> Iterator[Document]:

@@ -5,8 +5,9 @@
     a path       a `tokenizer.json`, or a folder that holds one
     a name       a tokenizer of the Hugging Face Hub, such as "gpt2"
 
-Encoding adds nothing to the text (no begin-of-text, no template), and a marker such as `<|endoftext|>` that stands in
-the text itself is encoded as the characters it is made of, so data cannot forge the end of a document.
+Encoding adds nothing to the text (no begin-of-text, no template), and a marker such as `<|endoftext|>` that
+stands in the text itself is encoded as the characters it is made of, so data cannot forge the end of a
+document.
 """
 
 import json
@@ -34,8 +35,7 @@ class TextTokenizer:
     def __init__(self, backend: "Tokenizer", name: str, config: dict[str, Any]) -> None:
         self.name = name
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
-        self.end_of_text_token = _end_of_text(backend, name, config)
-        self.end_of_text: int = backend.token_to_id(self.end_of_text_token)
+        self.end_of_text_token, self.end_of_text = _end_of_text(backend, name, config)
         self._config = {**config, "eos_token": self.end_of_text_token}
         self._backend = backend
         backend.no_truncation()  # a tokenizer.json may ask for it, and it would lose text
@@ -52,9 +52,9 @@ class TextTokenizer:
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of the ids, the end-of-text token written out. Raises ValueError for an unknown id."""
+        """Return the text of the ids, end-of-text written out. Raises ValueError for an unknown id."""
         ids = [int(token) for token in ids]
-        if ids and not (0 <= min(ids) and max(ids) < self.vocab_size):
+        if ids and not (min(ids) >= 0 and max(ids) < self.vocab_size):
             raise ValueError(
                 f"token ids of {self.name} lie in 0 .. {self.vocab_size - 1}, got {min(ids)} .. {max(ids)}."
             )
@@ -75,7 +75,8 @@ class TextTokenizer:
 def load_tokenizer(spec: str, texts: Iterable[str] | None = None) -> TextTokenizer:
     """Open or make the tokenizer that `spec` names; `texts` are what "bpe:SIZE" is trained on.
 
-    Raises ValueError for a spec, a file or a vocabulary size that cannot be used, OSError for an unreadable file.
+    Raises ValueError for a spec, a file or a vocabulary size that cannot be used, OSError for an unreadable
+    file.
     """
     check_tokenizer_spec(spec)
     if spec == "bytes":
@@ -94,7 +95,7 @@ def check_tokenizer_spec(spec: str) -> None:
     size = _bpe_size(spec)
     if size is not None and size < _SMALLEST_BPE:
         raise ValueError(
-            f"tokenizer {spec!r} has too small a vocabulary: byte-level BPE needs at least {_SMALLEST_BPE} tokens "
+            f"tokenizer {spec!r} has too small a vocabulary: byte-level BPE needs at least {_SMALLEST_BPE} "
             f'(256 bytes and the end of text). Use "bpe:{_SMALLEST_BPE}" or more, or "bytes".'
         )
     looks_like_path = spec.endswith(".json") or spec.startswith((".", "/", "~"))
@@ -118,7 +119,7 @@ def _our_config() -> dict[str, Any]:
 
 
 def _byte_symbols() -> list[str]:
-    """The printable stand-in of every byte in byte-level BPE: itself, or the next free character from U+0100."""
+    """The printable stand-in of every byte in byte-level BPE: itself, or the next free one from U+0100."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     spare = iter(range(0x100, 0x200))
     return [chr(byte if byte in printable else next(spare)) for byte in range(256)]
@@ -155,8 +156,8 @@ def _train_bpe(size: int, texts: Iterable[str]) -> TextTokenizer:
     backend.train_from_iterator(chain([first], iterator), trainer)
     if (reached := backend.get_vocab_size()) < size:
         raise ValueError(
-            f'tokenizer "bpe:{size}": the training text is too small for that vocabulary and yields {reached} tokens '
-            f'only. Use "bpe:{reached}" or fewer, or "bytes", or give more text.'
+            f'tokenizer "bpe:{size}": the training text is too small for that vocabulary and yields '
+            f'{reached} tokens only. Use "bpe:{reached}" or fewer, or "bytes", or give more text.'
         )
     return TextTokenizer(backend, f"bpe:{size}", _our_config())
 
@@ -173,11 +174,9 @@ def _open_tokenizer(path: Path) -> TextTokenizer:
         raise ValueError(f"{file} is no tokenizer that the tokenizers library can open: {error}.") from error
     config_file = file.parent / CONFIG_FILE
     config = _read_config(config_file) if config_file.is_file() else {"clean_up_tokenization_spaces": False}
-    return TextTokenizer(backend, path.name or path.resolve().name, {**_class_for_any_file(), **config})
-
-
-def _class_for_any_file() -> dict[str, Any]:
-    return {"tokenizer_class": "PreTrainedTokenizerFast"}
+    return TextTokenizer(
+        backend, path.resolve().name, {"tokenizer_class": "PreTrainedTokenizerFast", **config}
+    )
 
 
 def _read_config(file: Path) -> dict[str, Any]:
@@ -186,7 +185,9 @@ def _read_config(file: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{file} is no JSON: {error}. Restore the file, or remove it.") from error
     if not isinstance(config, dict):
-        raise ValueError(f"{file} must hold a JSON object, got {type(config).__name__}. Restore or remove it.")
+        raise ValueError(
+            f"{file} must hold a JSON object, got {type(config).__name__}. Restore or remove it."
+        )
     return config
 
 
@@ -199,8 +200,8 @@ def _download_tokenizer(name: str) -> TextTokenizer:
     except Exception as error:  # network, permission, a missing package: many types, one answer
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"unknown tokenizer {name!r}: no such path exists here, and Hugging Face does not give it ({reason}). "
-            f"Give {_ACCEPTED}; the last needs a network connection or a filled cache."
+            f"unknown tokenizer {name!r}: no such path exists here, and Hugging Face does not give it "
+            f"({reason}). Give {_ACCEPTED}; the last needs a network connection or a filled cache."
         ) from error
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise ValueError(f"tokenizer {name!r} has no {FILE} (no fast tokenizer). Give {_ACCEPTED}.")
@@ -211,15 +212,15 @@ def _download_tokenizer(name: str) -> TextTokenizer:
     return opened
 
 
-def _end_of_text(backend: "Tokenizer", name: str, config: dict[str, Any]) -> str:
-    """The token that ends a text: what the configuration names, else the one well-known name that exists."""
+def _end_of_text(backend: "Tokenizer", name: str, config: dict[str, Any]) -> tuple[str, int]:
+    """The token that ends a text, and its id: what the configuration names, else the first well-known one."""
     named = config.get("eos_token")
     if isinstance(named, dict):  # a serialised AddedToken
         named = named.get("content")
     candidates = [named] if named is not None else list(_KNOWN_ENDS)
     for token in candidates:
-        if isinstance(token, str) and backend.token_to_id(token) is not None:
-            return token
+        if isinstance(token, str) and (number := backend.token_to_id(token)) is not None:
+            return token, number
     raise ValueError(
         f"tokenizer {name!r} has no end-of-text token (looked for {', '.join(map(str, candidates))}). "
         f'Name one that its vocabulary has as "eos_token" in {CONFIG_FILE}.'

@@ -1,7 +1,7 @@
 """How every picture looks: palette, type, size, and how a matplotlib figure becomes files and inline SVG.
 
-A picture is drawn once, in light colours on white, and saved as PNG and SVG. The page gets the same SVG with each
-colour replaced by a CSS variable, so that it follows the reader's light or dark mode and the page's type.
+A picture is drawn once, in light colours on white, and saved as PNG and SVG. The page gets the same SVG with
+each colour replaced by a CSS variable, so that it follows the reader's light or dark mode and the page's type.
 
 matplotlib is imported inside the functions: reading runs must not cost its import.
 """
@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from bitbell.report.formats import shorten
 from bitbell.report.runs import Run
 
@@ -33,16 +35,21 @@ INK, MUTED, GRID, CARD = "#1b2026", "#5d6672", "#e3e6ea", "#ffffff"
 # Okabe and Ito's hues, each at least 3 : 1 against white; page.css holds their counterparts for the dark.
 COLOURS = ("#0072b2", "#c84e00", "#008060", "#ad4f8d", "#b97f00", "#3d94cc")
 LESS, MORE = "#2a62a8", "#b35a00"  # the two ends of a diverging map: blue and orange differ for every eye
-VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", CARD: "--card", LESS: "--less", MORE: "--more"} | {
-    colour: f"--run-{i}" for i, colour in enumerate(COLOURS)
-}
+VARIABLES = {
+    INK: "--ink",
+    MUTED: "--muted",
+    GRID: "--grid",
+    CARD: "--card",
+    LESS: "--less",
+    MORE: "--more",
+} | {colour: f"--run-{i}" for i, colour in enumerate(COLOURS)}
 DASHES: tuple[Any, ...] = ("solid", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.2, 1.5)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 
 
 @dataclass(frozen=True)
 class Look:
-    """What makes a run recognisable in every picture: hue, dash and marker. Hues repeat, the three together late."""
+    """What makes a run recognisable in every picture: a hue for its setting, a dash for its seed, a marker."""
 
     colour: str
     dash: Any
@@ -74,16 +81,17 @@ class Label:
     colour: str
 
 
-def looks(runs: Sequence[Run]) -> dict[str, Look]:
-    """One look a run, by name. Full precision is drawn in ink: it is the yardstick, not a rival."""
+def looks(groups: Sequence[Sequence[Run]]) -> dict[str, Look]:
+    """One look a run, by name. Runs of one group (seeds of one setting) share a hue and differ in their dash.
+    Full precision is drawn in ink: it is the yardstick, not a rival."""
     found: dict[str, Look] = {}
-    counts = {True: 0, False: 0}
-    for i, run in enumerate(runs):
-        n = counts[run.is_quantized]
-        colour = COLOURS[n % len(COLOURS)] if run.is_quantized else INK
-        turn = n // len(COLOURS) if run.is_quantized else n
-        found[run.name] = Look(colour, DASHES[turn % len(DASHES)], MARKERS[i % len(MARKERS)])
-        counts[run.is_quantized] += 1
+    hues, inks = 0, 0
+    for group in groups:
+        for seed, run in enumerate(group):
+            turn = seed + (hues // len(COLOURS) if run.is_quantized else inks)
+            colour = COLOURS[hues % len(COLOURS)] if run.is_quantized else INK
+            found[run.name] = Look(colour, DASHES[turn % len(DASHES)], MARKERS[len(found) % len(MARKERS)])
+        hues, inks = hues + group[0].is_quantized, inks + (not group[0].is_quantized)
     return found
 
 
@@ -132,7 +140,9 @@ def new_figure(height: float, width: float = WIDTH) -> Figure:
     return Figure(figsize=(width / 72, height / 72), dpi=72)
 
 
-def new_chart(labels: Sequence[str], x_title: str, y_title: str, height: float = 225.0) -> tuple[Figure, Axes]:
+def new_chart(
+    labels: Sequence[str], x_title: str, y_title: str, height: float = 225.0
+) -> tuple[Figure, Axes]:
     """A figure with one axes and room on its right for direct labels."""
     figure = new_figure(height)
     longest = max((len(shorten(text, LABEL_LENGTH)) for text in labels), default=0)
@@ -141,14 +151,14 @@ def new_chart(labels: Sequence[str], x_title: str, y_title: str, height: float =
     axes = figure.add_axes((left / WIDTH, bottom / height, (right - left) / WIDTH, (top - bottom) / height))
     axes.set_xlabel(x_title)
     # The title of the y axis lies flat above it: nobody has to tilt their head.
-    axes.text(-32, top - bottom + 9, y_title, transform=_points(figure, left, bottom), color=MUTED)
+    figure.text(8 / WIDTH, (top + 8) / height, y_title, color=MUTED)
     axes.tick_params(length=2.5, pad=2)
     return figure, axes
 
 
 def label_at_right(axes: Axes, labels: Sequence[Label]) -> None:
-    """Write each run's name to the right of the axes at the height of its point, moved apart where they would touch,
-    with a thin line from point to name."""
+    """Write each run's name to the right of the axes, at the height of its point or moved apart from its
+    neighbours, with a thin line from point to name."""
     from matplotlib.lines import Line2D
 
     if not labels:
@@ -163,9 +173,8 @@ def label_at_right(axes: Axes, labels: Sequence[Label]) -> None:
         end = (box.x1 + 7, height)
         elbow = (max(start[0], box.x1) + 1, start[1])
         corners = [start, elbow, end] if elbow[0] > start[0] + 2 else [start, end]
-        figure.add_artist(
-            Line2D(*zip(*corners, strict=True), color=label.colour, linewidth=0.5, alpha=0.6, transform=None)
-        )
+        x, y = zip(*figure.transFigure.inverted().transform(np.array(corners)), strict=True)
+        figure.add_artist(Line2D(x, y, color=label.colour, linewidth=0.5, alpha=0.6))
         figure.text(
             (end[0] + 2) / figure.bbox.width,
             height / figure.bbox.height,
@@ -177,8 +186,8 @@ def label_at_right(axes: Axes, labels: Sequence[Label]) -> None:
 
 
 def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Places near the `wanted` ones, at least `gap` apart, within `low` to `high` as far as there is room, in the
-    order of the wanted ones. Neighbours that touch merge into a block centred on what they wanted."""
+    """Places near the `wanted` ones, at least `gap` apart and in their order, within `low` to `high` if there is
+    room. Neighbours that touch merge into a block centred on what they wanted."""
     order = sorted(range(len(wanted)), key=lambda i: wanted[i])
     blocks: list[list[int]] = []
 
@@ -210,17 +219,17 @@ def save(picture: Picture, folder: Path) -> str:
 
 
 def inline(svg: str, name: str, alt: str) -> str:
-    """An SVG file as a piece of a page: no prologue, no addresses, ids of its own, colours as CSS variables."""
+    """An SVG file as a piece of a page: no prologue or addresses, ids of its own, colours as CSS variables."""
     svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|<defs>\s*<style.*?</style>\s*</defs>", "", svg, flags=re.S)
-    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg).replace("xlink:href=", "href=")
-    used = set(re.findall(r'(?:href="|url\()#([^")]+)', svg))
-    svg = re.sub(r' id="([^"]*)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in used else "", svg)
-    svg = re.sub(r'(href="|url\()#', rf"\g<1>#{name}-", svg)
-    svg = re.sub(r'(?<=[ :"])#[0-9a-f]{6}\b', _variable, svg)
+    svg = re.sub(
+        r"<metadata>.*?</metadata>|<!--.*?-->|<defs>\s*<style.*?</style>\s*</defs>", "", svg, flags=re.S
+    )
     viewbox = re.search(r'viewBox="[^"]*"', svg)
     assert viewbox is not None, "matplotlib's SVG always has a viewBox"
     body = svg[svg.index(">") + 1 :]
+    used = set(re.findall(r'(?:href="|url\()#([^")]+)', body))
+    # Only what stands inside tags is ours to change: names of runs may look like anything.
+    body = re.sub(r"<[^>]+>", lambda tag: _inline_tag(tag[0], name, used), body)
     body = "\n".join(line.strip() for line in body.splitlines() if line.strip())
     return f'<svg {viewbox[0]} role="img" aria-label="{html.escape(alt)}">\n{body}'
 
@@ -230,13 +239,8 @@ def slug(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-.")[:60] or "run"
 
 
-def _variable(match: re.Match[str]) -> str:
-    variable = VARIABLES.get(match[0])
-    return f"var({variable})" if variable else match[0]
-
-
-def _points(figure: Figure, x: float, y: float) -> Any:
-    """Coordinates in points from the place (x, y) of the figure."""
-    from matplotlib.transforms import Affine2D
-
-    return Affine2D().translate(x, y) + (figure.dpi_scale_trans.frozen() + Affine2D().scale(0) if False else Affine2D())
+def _inline_tag(tag: str, name: str, used: set[str]) -> str:
+    tag = tag.replace("xlink:href=", "href=")
+    tag = re.sub(r' id="([^"]*)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in used else "", tag)
+    tag = re.sub(r'(href="|url\()#', rf"\g<1>#{name}-", tag)
+    return re.sub(r"#[0-9a-f]{6}\b", lambda m: f"var({VARIABLES[m[0]]})" if m[0] in VARIABLES else m[0], tag)

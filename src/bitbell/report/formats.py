@@ -45,6 +45,11 @@ def megabytes(value: float | None) -> str:
     return millions(value)
 
 
+def method(name: str | None) -> str:
+    """A quantization method as its authors write it."""
+    return {None: "full precision", "bbq": "BBQ", "quest": "QuEST", "lsq": "LSQ"}.get(name, str(name))
+
+
 def plain(value: Any) -> str:
     """Any JSON value, strings without quotes; a dash for None."""
     if value is None:

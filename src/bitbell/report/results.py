@@ -1,8 +1,8 @@
 """What the runs say together: the rows of the table, which runs may be compared, groups of seeds, the best.
 
-Runs are comparable when they did the same work: the same model, data, steps and batch. A best run is only ever
-named among runs of the same work and the same bit widths. Runs that differ in nothing but their seed are a group,
-with mean and sample standard deviation (n - 1) over its finished members.
+Runs are comparable when they did the same work: the same model, data, steps and batch. A best run is only
+ever named among runs of the same work and the same bit widths. Runs that differ in nothing but their seed are
+a group, with mean and sample standard deviation (n - 1) over its finished members.
 """
 
 from __future__ import annotations
@@ -40,13 +40,17 @@ def _number(key: str) -> Callable[[Run], Any]:
 
 COLUMNS = (
     Column("run", "Run", "", lambda run: run.name, str, is_text=True),
-    Column("method", "Method", "", lambda run: run.method, lambda name: name or "full precision", is_text=True),
-    Column("bits", "Bits", "", lambda run: run.bits, lambda bits: formats.DASH if bits == "full" else bits, True),
-    Column("loss", "Valid. loss", "nats/token", _number("loss"), formats.decimals(3)),
+    Column("method", "Method", "", lambda run: run.method, formats.method, is_text=True),
+    Column(
+        "bits", "Bits", "", lambda run: run.bits, lambda bits: formats.DASH if bits == "full" else bits, True
+    ),
+    Column("loss", "Validation loss", "nats/token", _number("loss"), formats.decimals(3)),
     Column("perplexity", "Perplexity", "", _number("perplexity"), formats.significant(3)),
-    Column("bits_per_byte", "Bits per byte", "", _number("bits_per_byte"), formats.decimals(3)),
+    Column("bits_per_byte", "Bits/ byte", "", _number("bits_per_byte"), formats.decimals(3)),
     Column("weight_entropy", "Weight entropy", "bits", _number("weight_entropy"), formats.decimals(3)),
-    Column("activation_entropy", "Activation entropy", "bits", _number("activation_entropy"), formats.decimals(3)),
+    Column(
+        "activation_entropy", "Activation entropy", "bits", _number("activation_entropy"), formats.decimals(3)
+    ),
     Column("parameters", "Parameters", "million", _number("parameters"), formats.millions),
     Column("bytes", "Trained", "MB", _number("bytes"), formats.megabytes),
     Column("packed_bytes", "Packed", "MB", _number("packed_bytes"), formats.megabytes),
@@ -77,6 +81,11 @@ class Group:
 
     name: str
     runs: tuple[Run, ...]
+
+    @property
+    def name_at_its_bits(self) -> str:
+        """The name for a sentence that has said the bit width already."""
+        return self.name.replace(f" {self.runs[0].bits}", "", 1)
 
     @property
     def finished(self) -> list[Run]:
@@ -118,8 +127,8 @@ def group_seeds(runs: Sequence[Run]) -> list[Group]:
 
 
 def best_of_each_width(groups: Sequence[Group]) -> list[tuple[Group, list[Group]]]:
-    """Of each bit width and work with at least two finished rivals: the one of lowest mean loss, and the others,
-    from better to worse. One rival is one group of seeds."""
+    """Of each bit width and work with at least two rivals (groups with finished runs): the one of lowest mean
+    loss, and the others, from better to worse."""
     arenas: dict[tuple[Any, ...], list[Group]] = {}
     for group in groups:
         first = group.runs[0]
@@ -142,7 +151,7 @@ def full_precision_like(run: Run, groups: Sequence[Group]) -> Group | None:
 
 
 def as_json(runs: Sequence[Run], groups: Sequence[Group]) -> dict[str, Any]:
-    """Every number of the tables as strict JSON: not-finite numbers become null and are named in `not_finite`."""
+    """Every number of the tables as strict JSON: a number that is not finite becomes null, see `not_finite`."""
     winners = {run.name for group, _ in best_of_each_width(groups) for run in group.runs}
     return {
         "units": {column.key: column.unit for column in COLUMNS if column.unit and column.unit != "million"}
@@ -154,7 +163,9 @@ def as_json(runs: Sequence[Run], groups: Sequence[Group]) -> dict[str, Any]:
 
 def _row(run: Run) -> dict[str, Any]:
     values = {column.key: column.get(run) for column in COLUMNS}
-    not_finite = [key for key, value in values.items() if isinstance(value, float) and not math.isfinite(value)]
+    not_finite = [
+        key for key, value in values.items() if isinstance(value, float) and not math.isfinite(value)
+    ]
     return {
         **{key: None if key in not_finite else value for key, value in values.items()},
         "weight_bits": run.weight_bits,
@@ -203,4 +214,4 @@ def _group_name(runs: list[Run], all_groups: list[list[Run]]) -> str:
 
 
 def _short_name(run: Run) -> str:
-    return f"{run.method} {run.bits}" if run.is_quantized else "full precision"
+    return f"{formats.method(run.method)} {run.bits}" if run.is_quantized else "full precision"

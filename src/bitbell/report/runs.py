@@ -1,12 +1,14 @@
 """Read run folders.
 
-A run folder holds `config.json` (a flat object), `metrics.jsonl` (one event a line) and, once the run is finished,
-`summary.json`. A run without a summary is unfinished: what is known about it comes from its metrics. A killed run
-may leave its last metrics line torn, which is skipped and remembered; any other broken line is an error.
+A run folder holds `config.json` (a flat object), `metrics.jsonl` (one event a line) and, once the run is
+finished, `summary.json`. A run without a summary is unfinished: what is known about it comes from its metrics.
+A killed run may leave its last metrics line torn, which is skipped and remembered; any other broken line is an
+error.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -24,6 +26,10 @@ NUMBERS = {
     "train": ("loss", "learning_rate", "gradient_norm", "tokens_per_second", "seconds"),
     "valid": ("loss", "perplexity", "bits_per_byte"),
 }
+SUMMARY_NUMBERS = (
+    *("weight_bits", "activation_bits", "steps", "loss", "perplexity", "bits_per_byte", "seconds_per_step"),
+    *("weight_entropy", "activation_entropy", "parameters", "quantized_parameters", "bytes", "packed_bytes"),
+)
 RECIPE = re.compile(r"(?P<method>[A-Za-z]\w*)-w(?P<weights>\d+)a(?P<activations>\d+)")
 
 
@@ -63,7 +69,7 @@ class Run:
 
     @property
     def bits(self) -> str:
-        """"W2A2" and the like, "mixed" where a quantized run does not say, "full" for full precision."""
+        """ "W2A2" and the like, "mixed" where a quantized run does not say, "full" for full precision."""
         if self.method is None:
             return "full"
         if self.weight_bits is None:
@@ -93,7 +99,7 @@ class Run:
         return list((self.summary or {}).get("samples") or [])
 
     def number(self, key: str) -> float | None:
-        """`key` from the summary, else from the metrics; None where neither knows it. May be NaN or infinite."""
+        """`key` from the summary, else from the metrics; None if neither knows. May be NaN or infinite."""
         if self.summary is not None and self.summary.get(key) is not None:
             return self.summary[key]
         return _from_metrics(self, key)
@@ -111,7 +117,9 @@ def read_runs(folders: Sequence[str | Path]) -> list[Run]:
     Raises ValueError if there is none, one is given twice, or one is no run folder.
     """
     if isinstance(folders, str | Path):
-        raise ValueError(f"runs={str(folders)!r} is one path. Give a list of run folders, e.g. [{str(folders)!r}].")
+        raise ValueError(
+            f"runs={str(folders)!r} is one path. Give a list of run folders, e.g. [{str(folders)!r}]."
+        )
     if not folders:
         raise ValueError("no run folder given. Give at least one; " + EXPECTED + ".")
     counts = Counter(Path(folder).resolve() for folder in folders)
@@ -161,7 +169,9 @@ def _read_object(file: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{file} is no JSON: {error}. Write it again, or leave this run out.") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{file} holds a JSON {type(value).__name__}, but a run needs an object {{...}} there.")
+        raise ValueError(
+            f"{file} holds a JSON {type(value).__name__}, but a run needs an object {{...}} there."
+        )
     return value
 
 
@@ -207,19 +217,17 @@ def _check_event(event: Event, where: str) -> None:
     if not isinstance(layers, dict) or not all(isinstance(layer, dict) for layer in layers.values()):
         raise ValueError(f"{where}: layers must be an object of objects, one a layer, got {layers!r:.60}.")
     for name, layer in layers.items():
-        _check_numbers(layer, ("weight_entropy", "weight_scale", "activation_scale"), f"{where}, layer {name}")
-
-
-SUMMARY_NUMBERS = (
-    "weight_bits activation_bits steps loss perplexity bits_per_byte weight_entropy activation_entropy parameters "
-    "quantized_parameters bytes packed_bytes seconds_per_step"
-).split()
+        _check_numbers(
+            layer, ("weight_entropy", "weight_scale", "activation_scale"), f"{where}, layer {name}"
+        )
 
 
 def _check_summary(summary: dict[str, Any], file: Path) -> None:
     _check_numbers(summary, SUMMARY_NUMBERS, str(file))
     if not isinstance(summary.get("method"), str | None):
-        raise ValueError(f"{file}: method={summary['method']!r}, but it must be a string, or null for full precision.")
+        raise ValueError(
+            f"{file}: method={summary['method']!r}, but it must be a string, or null for full precision."
+        )
     if summary.get("steps") is not None and not finite(summary["steps"]):
         raise ValueError(f"{file}: steps={summary['steps']!r}, but it must be finite.")
     for key in ("layers", "samples"):
@@ -266,7 +274,7 @@ def _from_metrics(run: Run, key: str) -> float | None:
 
 def _seconds_per_step(train: list[Event]) -> float | None:
     timed = [(event["step"], event["seconds"]) for event in train if finite(event.get("seconds"))]
-    pairs = zip(timed, timed[1:], strict=False)
+    pairs = itertools.pairwise(timed)
     paces = [(after - before) / (step - start) for (start, before), (step, after) in pairs]
     return statistics.median(paces) if paces else None
 

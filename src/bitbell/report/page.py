@@ -1,0 +1,356 @@
+"""Put the page together and write it: one HTML file that needs nothing else, its pictures and numbers beside it.
+
+    runs --arrange, group--> tables, words --draw--> pictures --fill in--> report.html, plots/, report.json
+
+Everything that comes from a run folder (names, samples, settings) is escaped where it enters the HTML.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from html import escape
+from importlib import metadata, resources
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from bitbell.report import formats
+from bitbell.report.codes import draw_codes
+from bitbell.report.curves import Looks, draw_entropy, draw_loss, draw_scales, draw_size
+from bitbell.report.drawing import Look, Picture, drawing_rules, looks, save, slug
+from bitbell.report.results import (
+    COLUMNS,
+    SPREAD_COLUMNS,
+    Column,
+    Group,
+    arrange,
+    as_json,
+    best_of_each_width,
+    group_seeds,
+)
+from bitbell.report.runs import Run, read_runs
+from bitbell.report.words import notes, summarise, with_spread
+
+OPEN_HISTOGRAMS = 4  # more pictures than this start folded
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A picture and its SVG, ready for the page."""
+
+    picture: Picture
+    svg: str
+
+
+def write_report(runs: Sequence[str | Path], out: str | Path) -> Path:
+    """Write one page about `runs` into the folder `out`; return the path of `out`/report.html.
+
+    Beside it: report.json with every number of the tables, and plots/ with each picture as PNG and SVG. The
+    page is written last and at once: whoever finds it finds all of it.
+
+    Raises ValueError for folders that are no runs, broken files and an `out` that is a file; OSError if it
+    cannot write.
+    """
+    read = arrange(read_runs(runs))
+    out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out={str(out)!r} is a file, but the report needs a folder. Give another path.")
+    (out / "plots").mkdir(parents=True, exist_ok=True)
+    groups = group_seeds(read)
+    look_of = looks([group.runs for group in groups])
+    with drawing_rules():
+        charts = _save(_charts(read, look_of), out / "plots")
+        codes = _save(_histograms(read, look_of), out / "plots")
+    numbers = as_json(read, groups) | {"plots": [drawn.picture.name for drawn in charts + codes]}
+    _write_at_once(out / "report.json", json.dumps(numbers, indent=1, allow_nan=False) + "\n")
+    sections = [
+        _results(read, groups, look_of),
+        _pictures("Training and size", charts),
+        _codes_section(codes, look_of),
+        _samples(read),
+        _configurations(read),
+        _layers(read),
+        _how_made([str(folder) for folder in runs], out),
+    ]
+    _write_at_once(out / "report.html", _fill_in(read, groups, sections))
+    return out / "report.html"
+
+
+def _charts(runs: Sequence[Run], look_of: Looks) -> list[Picture]:
+    drawn = [
+        draw_loss(runs, look_of),
+        draw_size(runs, look_of),
+        draw_entropy(runs, look_of),
+        draw_scales(runs, look_of, "weight"),
+        draw_scales(runs, look_of, "activation"),
+    ]
+    return [picture for picture in drawn if picture is not None]
+
+
+def _histograms(runs: Sequence[Run], look_of: Looks) -> list[Picture]:
+    drawn = [(run, draw_codes(run, look_of[run.name])) for run in runs if run.is_quantized]
+    # The number keeps apart names that differ only in what a file name cannot hold.
+    return [
+        replace(picture, name=f"codes-{i}-{slug(run.name)}")
+        for i, (run, picture) in enumerate(drawn)
+        if picture is not None
+    ]
+
+
+def _save(pictures: Sequence[Picture], folder: Path) -> list[Drawn]:
+    return [Drawn(picture, save(picture, folder)) for picture in pictures]
+
+
+def _fill_in(runs: Sequence[Run], groups: Sequence[Group], sections: Sequence[str]) -> str:
+    files = resources.files("bitbell.report")
+    template = Template((files / "page.html").read_text(encoding="utf-8"))
+    presets = list(
+        dict.fromkeys(formats.plain(run.config["preset"]) for run in runs if run.config.get("preset"))
+    )
+    what = f"{len(runs)} training runs" if len(runs) > 1 else runs[0].name
+    return template.substitute(
+        title=escape(f"{what}, {' and '.join(presets[:3])}" if presets else what),
+        css=(files / "page.css").read_text(encoding="utf-8"),
+        summary=escape(summarise(runs, groups)),
+        sections="\n".join(section for section in sections if section),
+    )
+
+
+def _results(runs: Sequence[Run], groups: Sequence[Group], look_of: Looks) -> str:
+    winners = {run.name for best, _ in best_of_each_width(groups) for run in best.runs}
+    rows = "\n".join(_row(run, look_of[run.name], run.name in winners) for run in runs)
+    parts = [
+        _section_start("Results"),
+        _table(
+            "Every run",
+            "runs",
+            _head(COLUMNS),
+            rows,
+            "Loss, perplexity and bits per byte are measured on the validation data; lower is better. Entropy is "
+            "that of the codes, at most the bit width. MB are 10^6 bytes.",
+        ),
+        _seeds([group for group in groups if len(group.runs) > 1]),
+    ]
+    found = notes(runs, groups)
+    if found:
+        parts.append(f'<ul class="notes">{"".join(f"<li>{escape(note)}</li>" for note in found)}</ul>')
+    return "\n".join([*parts, "</section>"])
+
+
+def _head(columns: Sequence[Column]) -> str:
+    def cell(column: Column) -> str:
+        unit = f'<span class="unit">{escape(column.unit)}</span>' if column.unit else ""
+        return f'<th scope="col"{_text_class(column)}>{escape(column.title)}{unit}</th>'
+
+    return f"<tr>{''.join(cell(column) for column in columns)}</tr>"
+
+
+def _row(run: Run, look: Look, is_best: bool) -> str:
+    badges = f' <span class="badge">best {escape(run.bits)}</span>' if is_best else ""
+    if not run.is_finished:
+        badges += ' <span class="badge quiet">unfinished</span>'
+    name = f'<th scope="row">{_key(look)}{escape(run.name)}{badges}</th>'
+    cells = [
+        f'<td class="{column.key}{" text" * column.is_text}">{escape(column.write(column.get(run)))}</td>'
+        for column in COLUMNS[1:]
+    ]
+    classes = " ".join(["best"] * is_best + ["unfinished"] * (not run.is_finished))
+    return f'<tr class="{classes}">{name}{"".join(cells)}</tr>'
+
+
+def _seeds(groups: Sequence[Group]) -> str:
+    if not groups:
+        return ""
+    head = [
+        Column("name", "Setting", "", str, str, True),
+        *SPREAD_COLUMNS,
+        Column("seeds", "Seeds", "", str, str),
+    ]
+    rows = []
+    for group in groups:
+        cells = [with_spread(group.spread(column.key), column.write) for column in SPREAD_COLUMNS]
+        seeds = ", ".join(formats.plain(run.config.get("seed")) for run in group.runs)
+        if len(group.finished) < len(group.runs):
+            seeds += f" ({len(group.finished)} finished)"
+        tds = "".join(f"<td>{escape(cell)}</td>" for cell in [*cells, seeds])
+        rows.append(f'<tr><th scope="row">{escape(group.name)}</th>{tds}</tr>')
+    hint = "Runs that differ only in their seed: mean and sample standard deviation over the finished ones."
+    return "<br>" + _table("Repeated with other seeds", "runs", _head(head), "\n".join(rows), hint)
+
+
+def _key(look: Look) -> str:
+    """The run's line and mark as they are in the pictures."""
+    dash = (
+        ""
+        if look.dash == "solid"
+        else f' stroke-dasharray="{" ".join(f"{1.5 * x:g}" for x in look.dash[1])}"'
+    )
+    shapes: dict[str, str] = {
+        "o": '<circle cx="12" cy="6.5" r="4"/>',
+        "s": '<path d="M8.5 3h7v7h-7z"/>',
+        "^": '<path d="M12 2l4.5 8.5h-9z"/>',
+        "D": '<path d="M12 1.5l5 5-5 5-5-5z"/>',
+        "v": '<path d="M12 11l4.5-8.5h-9z"/>',
+        "P": '<path d="M10.3 2h3.4v2.8h2.8v3.4h-2.8V11h-3.4V8.2H7.5V4.8h2.8z"/>',
+        "X": '<path d="M9 1.5l3 3 3-3 2 2-3 3 3 3-2 2-3-3-3 3-2-2 3-3-3-3z"/>',
+        "<": '<path d="M7 6.5l8.5-4.5v9z"/>',
+        ">": '<path d="M17 6.5l-8.5-4.5v9z"/>',
+    }
+    colour = f"var({look.variable})"
+    return (
+        f'<svg class="key" viewBox="0 0 24 13" aria-hidden="true"><path d="M0 6.5h24" stroke="{colour}" '
+        f'stroke-width="2"{dash}/><g fill="{colour}">{shapes[look.marker]}</g></svg>'
+    )
+
+
+def _pictures(title: str, drawn: Sequence[Drawn]) -> str:
+    if not drawn:
+        nothing = '<p class="hint">The runs have logged nothing that could be drawn yet.</p>'
+        return f"{_section_start(title)}\n{nothing}</section>"
+    return f"{_section_start(title)}\n{_grid(drawn, str)}\n</section>"
+
+
+def _codes_section(drawn: Sequence[Drawn], look_of: Looks) -> str:
+    if not drawn:
+        return ""
+    heading: Callable[[str], str] = lambda name: _key(look_of[name]) + name  # noqa: E731
+    parts = [_section_start("How often each code is used"), _grid(drawn[:OPEN_HISTOGRAMS], heading)]
+    rest = drawn[OPEN_HISTOGRAMS:]
+    if rest:
+        parts.append(f"<details><summary>{len(rest)} more runs</summary>{_grid(rest, heading)}</details>")
+    return "\n".join([*parts, "</section>"])
+
+
+def _grid(drawn: Sequence[Drawn], heading: Callable[[str], str]) -> str:
+    figures = [
+        f'<figure class="card"><h3>{heading(escape(d.picture.title))}</h3>\n{d.svg}\n'
+        f"<figcaption>{escape(d.picture.caption)}</figcaption></figure>"
+        for d in drawn
+    ]
+    return f'<div class="pictures">\n{"".join(figures)}</div>'
+
+
+def _samples(runs: Sequence[Run]) -> str:
+    cards = []
+    for run in runs:
+        for sample in run.samples:
+            prompt, text = str(sample.get("prompt") or ""), str(sample.get("text") or "")
+            rest = text.removeprefix(prompt)  # some writers repeat the prompt, some do not
+            cards.append(
+                f'<div class="card"><h3>{escape(run.name)}</h3>'
+                f"<blockquote><b>{escape(prompt)}</b>{escape(rest)}</blockquote></div>"
+            )
+    if not cards:
+        return ""
+    hint = '<p class="hint">The prompt is bold; the rest is what the model wrote, as it came.</p>'
+    return f'{_section_start("Generated text")}\n<div class="samples">{"".join(cards)}</div>{hint}</section>'
+
+
+def _configurations(runs: Sequence[Run]) -> str:
+    parts = [_section_start("Configuration of each run")]
+    for run in runs:
+        rows = "".join(
+            f'<tr><th scope="row">{escape(key)}</th><td>{escape(formats.plain(value))}</td></tr>'
+            for key, value in _flatten(run.config)
+        )
+        caption = f"<caption>config.json of {escape(run.name)}</caption>"
+        table = f'<table class="config">{caption}<tbody>{rows}</tbody></table>'
+        parts.append(
+            f"<details><summary>{escape(run.name)}</summary><div class='card'>{table}</div></details>"
+        )
+    return "\n".join([*parts, "</section>"])
+
+
+LAYER_COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
+    (
+        "shape",
+        "Shape",
+        lambda shape: " x ".join(map(str, shape)) if isinstance(shape, list) else formats.DASH,
+    ),
+    ("weight_bits", "Weight bits", formats.significant(1)),
+    ("activation_bits", "Activation bits", formats.significant(1)),
+    ("weight_entropy", "Weight entropy (bits)", formats.decimals(3)),
+    ("activation_entropy", "Activation entropy (bits)", formats.decimals(3)),
+    ("bytes", "Trained (MB)", formats.megabytes),
+    ("packed_bytes", "Packed (MB)", formats.megabytes),
+)
+
+
+def _layers(runs: Sequence[Run]) -> str:
+    shown = [run for run in runs if run.layers]
+    if not shown:
+        return ""
+    head = "".join(f'<th scope="col">{title}</th>' for _, title, _ in LAYER_COLUMNS)
+    parts = [_section_start("Layers of each run")]
+    for run in shown:
+        rows = "\n".join(_layer_row(layer) for layer in run.layers)
+        table = _table(
+            f"Layers of {run.name}", "", f'<tr><th scope="col" class="text">Layer</th>{head}</tr>', rows, ""
+        )
+        parts.append(
+            f"<details><summary>{escape(run.name)}, {len(run.layers)} layers</summary>{table}</details>"
+        )
+    return "\n".join([*parts, "</section>"])
+
+
+def _layer_row(layer: dict[str, Any]) -> str:
+    cells = "".join(f"<td>{escape(write(layer.get(key)))}</td>" for key, _, write in LAYER_COLUMNS)
+    return f'<tr><th scope="row">{escape(str(layer.get("name", formats.DASH)))}</th>{cells}</tr>'
+
+
+def _how_made(folders: Sequence[str], out: Path) -> str:
+    command = shlex.join(["bitbell", "report", *folders, "--out", str(out)])
+    versions = [f"{name} {_version(name)}" for name in ("bitbell", "matplotlib", "numpy")]
+    made = ", ".join([*versions, f"Python {platform.python_version()}"])
+    return (
+        f"{_section_start('How this page was made')}\n"
+        f'<div class="card"><code>{escape(command)}</code></div>\n'
+        f'<p class="hint">With {escape(made)}. The numbers of the tables are in report.json beside this page, '
+        "every picture in plots/ as PNG and SVG.</p></section>"
+    )
+
+
+def _table(caption: str, classes: str, head: str, rows: str, hint: str) -> str:
+    foot = f'<p class="hint">{escape(hint)}</p>' if hint else ""
+    return (
+        f'<div class="card scroll" tabindex="0" role="region" aria-label="{escape(caption)}">'
+        f'<table class="{classes}"><caption>{escape(caption)}</caption><thead>{head}</thead>\n'
+        f"<tbody>\n{rows}\n</tbody></table></div>{foot}"
+    )
+
+
+def _section_start(title: str) -> str:
+    return f"<section>\n<h2>{escape(title)}</h2>"
+
+
+def _text_class(column: Column) -> str:
+    return ' class="text"' if column.is_text else ""
+
+
+def _flatten(config: dict[str, Any], above: str = "") -> list[tuple[str, Any]]:
+    """Nested objects as dotted keys, in the order of the file."""
+    rows: list[tuple[str, Any]] = []
+    for key, value in config.items():
+        rows += (
+            _flatten(value, f"{above}{key}.") if isinstance(value, dict) and value else [(above + key, value)]
+        )
+    return rows
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "(not installed, run from its source)"
+
+
+def _write_at_once(file: Path, text: str) -> None:
+    """Through a neighbour and a rename, so that an interruption leaves the old file or the new one."""
+    fresh = file.with_name(file.name + ".new")
+    fresh.write_text(text, encoding="utf-8")
+    os.replace(fresh, file)

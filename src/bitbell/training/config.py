@@ -1,0 +1,160 @@
+"""A training run as one flat, typed configuration: the command line, a file and a Python call are three faces of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+# Fields that may change between a run's start and its resumption: they do not touch its numbers.
+FREE_FIELDS = frozenset(
+    {"out", "data", "log_every", "evaluate_every", "evaluate_windows", "checkpoint_every", "keep_checkpoints", "entropy_every"}
+    | {"tensorboard", "threads", "stop_after", "device", "compile"}
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything a training run is made from. Defaults follow the BBQ paper where it says something."""
+
+    data: str
+    """Data set directory, made by `bitbell tokenize`."""
+    out: str
+    """Run directory. If it holds an unfinished run of the same configuration, that run is continued."""
+    preset: str = "tiny"
+    """Model size: tiny, 30m, 50m, 100m or 200m."""
+    recipe: str = "bbq-w2a2"
+    """What to quantize with, such as bbq-w2a2, quest-w4a4, lsq-w1a1; "none" trains in full precision."""
+    rules: dict[str, str] = field(default_factory=dict)
+    """Ordered layer name patterns, each with a recipe or "none"; replaces --recipe."""
+    share_inputs: bool = True
+    """Let q/k/v and gate/up projections share one activation quantizer."""
+
+    steps: int = 300
+    """Optimizer steps."""
+    batch_size: int = 8
+    """Sequences in a micro-batch."""
+    sequence_length: int = 128
+    """Tokens in a sequence."""
+    accumulation: int = 1
+    """Micro-batches in a step."""
+    learning_rate: float | None = None
+    """Peak learning rate; by default the preset's."""
+    weight_decay: float = 0.1
+    """Of linear weights inside the blocks, and of LSQ's step sizes; of nothing else."""
+    beta1: float = 0.9
+    """AdamW's first momentum."""
+    beta2: float = 0.95
+    """AdamW's second momentum."""
+    clip: float = 1.0
+    """Largest global gradient norm."""
+    warmup: float = 0.1
+    """Share of the steps with a rising learning rate (from 1/100 of the peak)."""
+    final: float = 0.1
+    """Last learning rate, as a share of the peak."""
+    seed: int = 0
+    """Of the initial weights and of the order of the data."""
+
+    device: str = "auto"
+    """cpu, cuda, or auto."""
+    precision: str = "auto"
+    """float32, bfloat16 (autocast), or auto: bfloat16 where the hardware multiplies it fast."""
+    compile: bool = False
+    """Use torch.compile (needs a C++ compiler; pays off after some hundred steps)."""
+    threads: int | None = None
+    """CPU threads; by default PyTorch's choice."""
+
+    log_every: int = 10
+    """Steps between lines of metrics."""
+    entropy_every: int = 50
+    """Steps between measurements of code entropy and scales."""
+    evaluate_every: int = 100
+    """Steps between validations."""
+    evaluate_windows: int = 64
+    """Sequences in a validation during training; the last one uses all."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints to keep."""
+    tensorboard: bool = True
+    """Write TensorBoard events beside metrics.jsonl."""
+    stop_after: int | None = None
+    """Stop cleanly, with a checkpoint, after this many steps in all; the run can be continued."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "sequence_length", "accumulation", "log_every", "entropy_every", "keep_checkpoints"):
+            _check(self, name, getattr(self, name) >= 1, "at least 1")
+        for name in ("evaluate_every", "checkpoint_every", "evaluate_windows"):
+            _check(self, name, getattr(self, name) >= 1, "at least 1")
+        _check(self, "learning_rate", self.learning_rate is None or 0 < self.learning_rate < math.inf, "positive")
+        _check(self, "weight_decay", 0 <= self.weight_decay < math.inf, "0 or more")
+        _check(self, "clip", self.clip > 0, "positive")
+        for name in ("beta1", "beta2"):
+            _check(self, name, 0 <= getattr(self, name) < 1, "from 0 up to but without 1")
+        for name in ("warmup", "final"):
+            _check(self, name, 0 <= getattr(self, name) <= 1, "from 0 to 1")
+        _check(self, "precision", self.precision in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16")
+        _check(self, "device", self.device.split(":")[0] in ("auto", "cpu", "cuda"), "auto, cpu, cuda or cuda:N")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], source: str = "configuration") -> TrainConfig:
+        """A configuration from plain values. Raises ValueError, with a suggestion, for an unknown field or a wrong type."""
+        return cls(**check_fields(values, source))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON of every field."""
+        return dataclasses.asdict(self)
+
+    def differences(self, other: TrainConfig) -> dict[str, tuple[Any, Any]]:
+        """Fields that matter to the numbers and differ: name -> (mine, the other's)."""
+        names = [f.name for f in dataclasses.fields(self) if f.name not in FREE_FIELDS]
+        return {n: (getattr(self, n), getattr(other, n)) for n in names if getattr(self, n) != getattr(other, n)}
+
+
+def _check(config: TrainConfig, name: str, holds: bool, allowed: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} must be {allowed}, got {name}={getattr(config, name)!r}")
+
+
+def check_fields(values: dict[str, Any], source: str) -> dict[str, Any]:
+    """The same values, once every name is known and every type right; ints are taken where floats are meant."""
+    import difflib
+    import typing
+
+    types = typing.get_type_hints(TrainConfig)
+    checked = {}
+    for name, value in values.items():
+        if name not in types:
+            close = difflib.get_close_matches(name, types, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"{source}: unknown field {name!r}.{hint}")
+        kinds = typing.get_args(types[name]) if type(None) in typing.get_args(types[name]) else (types[name],)
+        plain = tuple(typing.get_origin(kind) or kind for kind in kinds)
+        if float in plain and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if not isinstance(value, plain) or (isinstance(value, bool) and bool not in plain):
+            names = " or ".join(kind.__name__ for kind in plain if kind is not type(None))
+            raise ValueError(f"{source}: {name} must be {names}, got {value!r}")
+        checked[name] = value
+    return checked
+
+
+def read_config_file(path: str | Path) -> dict[str, Any]:
+    """Fields from a .toml or .json file, checked. Raises ValueError naming the file and what is wrong."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"cannot read the configuration {path}: {error.strerror}") from None
+    try:
+        values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path} is no valid {'JSON' if path.suffix == '.json' else 'TOML'}: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold fields with values, got a {type(values).__name__}")
+    values.pop("versions", None)
+    return check_fields(values, str(path))

@@ -1,0 +1,311 @@
+"""A configuration -> a run directory: the training loop.
+
+    batch(step) --forward, backward (accumulation times)--> clip --> AdamW at learning_rate_at(step) --> journal, checkpoint
+
+Everything a step depends on is a function of the step number (data, learning rate) or part of the checkpoint (weights, scales,
+statistics, moments), so a run that is stopped anywhere and started again ends with the same numbers.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bitbell.data import Batches, TokenDataset, windows
+from bitbell.evaluation import Evaluation, evaluate, logits_of, measure_loss, weight_entropies
+from bitbell.evaluation.loss import autocast
+from bitbell.layers import QuantLinear, calibrate, quantized_layers, report
+from bitbell.models import find_preset
+from bitbell.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from bitbell.training.config import TrainConfig
+from bitbell.training.health import TrainingDiverged, first_bad_gradient, first_not_finite
+from bitbell.training.journal import Journal, Progress, read_metrics
+from bitbell.training.optimizer import learning_rate_at, make_optimizer
+from bitbell.training.run import build_run_model, open_run, write_json
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """Where the run is, how far it went, and its final numbers if it is finished."""
+
+    run: Path
+    step: int
+    status: Literal["finished", "stopped"]
+    summary: dict[str, Any] = field(default_factory=dict)
+
+
+def train(config: TrainConfig, progress: Progress | None = None) -> TrainingResult:
+    """Train the model of `config`, or continue it, until it is finished, interrupted (Ctrl-C, SIGTERM) or at `stop_after`.
+
+    Raises ValueError for a configuration that does not fit its data or its directory, TrainingDiverged with step and place when
+    numbers stop being finite, and CheckpointError when a checkpoint cannot be written; the last good one is always intact.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    dataset = TokenDataset.open(config.data)
+    return _Run(config, dataset, progress or Progress(config.steps)).go()
+
+
+def pick_device(name: str) -> torch.device:
+    """The torch device for "auto", "cpu", "cuda" or "cuda:N". Raises ValueError for cuda without a GPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device={name} but PyTorch sees no GPU here; use --device cpu")
+    return torch.device(name)
+
+
+def pick_precision(name: str, device: torch.device) -> torch.dtype:
+    """The torch dtype for "float32", "bfloat16" or "auto": bfloat16 on GPUs and on CPUs with instructions for it."""
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    features = torch.cpu.get_capabilities()
+    fast = device.type == "cuda" or features.get("amx_bf16") or features.get("avx512_bf16")
+    return torch.bfloat16 if fast else torch.float32
+
+
+class _Run:
+    """The state of one process's part of a run."""
+
+    def __init__(self, config: TrainConfig, dataset: TokenDataset, progress: Progress) -> None:
+        self.config, self.dataset, self.progress = config, dataset, progress
+        self.device = pick_device(config.device)
+        self.precision = pick_precision(config.precision, self.device)
+        self.batches = Batches(
+            dataset, "train", batch_size=config.batch_size, sequence_length=config.sequence_length, seed=config.seed
+        )
+        self.validation = windows(
+            dataset, "valid", sequence_length=config.sequence_length, limit=config.evaluate_windows
+        )
+        self.bytes_per_token = dataset.num_bytes("valid") / dataset.num_tokens("valid")
+        self.peak = config.learning_rate or find_preset(config.preset).learning_rate
+        self.model = build_run_model(config, dataset.vocab_size).to(self.device)
+        self.run = open_run(config, dataset)
+        self.optimizer = make_optimizer(self.model, config, self.peak)
+        self.step = self._restore()
+        self.forward: nn.Module = torch.compile(self.model) if config.compile else self.model  # type: ignore[assignment]
+        self.journal = Journal(self.run, self.step, config.tensorboard)
+        self.stop_requested = False
+
+    def _restore(self) -> int:
+        """Load the newest checkpoint, or calibrate the fresh model on its first batch; return the steps done."""
+        checkpoints = list_checkpoints(self.run)
+        if checkpoints:
+            load_checkpoint(checkpoints[-1], self.model, self.optimizer)
+            self.progress.say(f"continuing {self.run} after step {checkpoints[-1].step}")
+            return checkpoints[-1].step
+        if any(True for _ in quantized_layers(self.model)):
+            with autocast(self.model, self.precision):
+                calibrate(self.model, self._tokens(0)[:, :-1])
+        return 0
+
+    def _tokens(self, micro_batch: int) -> Tensor:
+        return self.batches.batch(micro_batch).to(self.device)
+
+    def go(self) -> TrainingResult:
+        self.started, self.losses, self.logged_step = time.perf_counter(), [], self.step
+        self.paused, self.logged_at = 0.0, time.perf_counter()
+        last = min(self.config.steps, self.config.stop_after or self.config.steps)
+        self.model.train()
+        try:
+            with _stop_on_signals(self):
+                while self.step < last and not self.stop_requested:
+                    self._take_step()
+                    self._report_step(at_end=self.step == last)
+            if self.step < self.config.steps:
+                self._checkpoint()
+                self.progress.say(f"stopped after step {self.step} of {self.config.steps}; the same command continues it")
+                return TrainingResult(self.run, self.step, "stopped")
+            return TrainingResult(self.run, self.step, "finished", self._finish())
+        finally:
+            self.journal.close()
+
+    def _take_step(self) -> None:
+        config = self.config
+        rate = learning_rate_at(
+            self.step, steps=config.steps, peak=self.peak, warmup=config.warmup, final=config.final
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        total = 0.0
+        for index in range(config.accumulation):
+            tokens = self._tokens(self.step * config.accumulation + index)
+            with autocast(self.model, self.precision):
+                logits = logits_of(self.forward, tokens[:, :-1])
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+            if not math.isfinite(value := loss.item()):
+                self._diverge(f"the loss is {value}", first_not_finite(self.model, tokens[:, :-1]))
+            (loss / config.accumulation).backward()
+            total += value / config.accumulation
+        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip))
+        if not math.isfinite(norm):
+            self._diverge(f"the gradient norm is {norm}", first_bad_gradient(self.model))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.losses.append(total)
+        self.rate, self.norm = rate, norm
+
+    def _diverge(self, what: str, where: str) -> None:
+        good = list_checkpoints(self.run)
+        kept = f"the last good checkpoint is {good[-1].path}" if good else "there is no checkpoint yet"
+        self.journal.write("diverged", self.step + 1, reason=f"{what}, first in {where}")
+        raise TrainingDiverged(f"{what} at step {self.step + 1}, first in {where}; {kept}")
+
+    def _report_step(self, at_end: bool) -> None:
+        """Write what is due after this step: metrics, entropy, validation, checkpoint."""
+        config, step = self.config, self.step
+        if step % config.log_every == 0 or at_end:
+            self._log()
+        if step % config.entropy_every == 0 or at_end or step == 1:
+            self._pause_clock(self._log_quantizers)
+        if step % config.evaluate_every == 0:
+            self._pause_clock(self._validate)
+        if step % config.checkpoint_every == 0 and step < config.steps:
+            self._pause_clock(self._checkpoint)
+
+    def _pause_clock(self, action: Any) -> None:
+        begun = time.perf_counter()
+        action()
+        self.paused += time.perf_counter() - begun
+
+    def _log(self) -> None:
+        config, now = self.config, time.perf_counter()
+        done = self.step - self.logged_step
+        step_seconds = (now - self.logged_at - self.paused) / max(done, 1)
+        tokens = config.batch_size * config.accumulation * config.sequence_length / max(step_seconds, 1e-9)
+        loss = sum(self.losses) / len(self.losses)
+        self.journal.write(
+            "train",
+            self.step,
+            loss=loss,
+            learning_rate=self.rate,
+            gradient_norm=self.norm,
+            tokens_per_second=tokens,
+            step_seconds=step_seconds,
+            seconds=self.journal.seconds_before + now - self.started,
+        )
+        self.progress.show(self.step, loss, self.rate, tokens, (config.steps - self.step) * step_seconds)
+        self.losses, self.logged_step, self.paused, self.logged_at = [], self.step, 0.0, time.perf_counter()
+
+    def _log_quantizers(self) -> None:
+        entropies = weight_entropies(self.model)
+        layers = {
+            name: {"weight_entropy": entropies[name], **_scales(layer)} for name, layer in quantized_layers(self.model)
+        }
+        if layers:
+            self.journal.write("quantizers", self.step, layers=layers)
+
+    def _validate(self) -> None:
+        measured = measure_loss(
+            self.model,
+            self.validation,
+            bytes_per_token=self.bytes_per_token,
+            batch_size=self.config.batch_size,
+            precision=self.precision,
+        )
+        self.journal.write(
+            "valid",
+            self.step,
+            loss=measured.loss,
+            perplexity=measured.perplexity,
+            bits_per_byte=measured.bits_per_byte,
+        )
+        self.progress.say(f"step {self.step}  validation loss {measured.loss:.4f}  perplexity {measured.perplexity:.2f}")
+
+    def _checkpoint(self) -> None:
+        save_checkpoint(self.run, self.step, self.model, self.optimizer, self.config.keep_checkpoints)
+
+    def _finish(self) -> dict[str, Any]:
+        """Checkpoint, evaluate on the whole validation split, and write the summary."""
+        self._checkpoint()
+        result = evaluate(
+            self.model,
+            self.dataset,
+            sequence_length=self.config.sequence_length,
+            batch_size=self.config.batch_size,
+            precision=self.precision,
+        )
+        summary = summarize(self.run, self.config, self.model, result, self.precision)
+        write_json(self.run / "summary.json", summary)
+        self.journal.write(
+            "valid", self.step, loss=result.loss, perplexity=result.perplexity, bits_per_byte=result.bits_per_byte
+        )
+        self.journal.write("end", self.step)
+        self.progress.say(
+            f"finished: validation loss {result.loss:.4f}, perplexity {result.perplexity:.2f}, "
+            f"{result.bits_per_byte:.3f} bits/byte"
+        )
+        return summary
+
+
+def _scales(layer: QuantLinear) -> dict[str, float]:
+    scales = {"weight_scale": float(layer.weight_quantizer.scale.detach().abs().mean())}
+    if layer.activation_quantizer is not None and layer.activation_quantizer.scale_is_learned:
+        scales["activation_scale"] = float(layer.activation_quantizer.scale.detach().abs().mean())
+    return scales
+
+
+def summarize(
+    run: Path, config: TrainConfig, model: nn.Module, result: Evaluation, precision: torch.dtype
+) -> dict[str, Any]:
+    """Every final number of a run, as plain JSON: quality, entropy, sizes and speed."""
+    rows = [row for row in report(model).rows]
+    layers = [asdict(layer) for layer in result.layers]
+    recipes = {(row.recipe, row.weight_bits, row.activation_bits) for row in result.layers}
+    name, weight_bits, activation_bits = recipes.pop() if len(recipes) == 1 else (None, None, None)
+    seconds = sorted(e["step_seconds"] for e in read_metrics(run / "metrics.jsonl") if e["event"] == "train")
+    return {
+        "name": run.name,
+        "recipe": name or ("mixed" if layers else None),
+        "method": name.rpartition("-w")[0] if name else ("mixed" if layers else None),
+        "weight_bits": weight_bits,
+        "activation_bits": activation_bits,
+        "steps": config.steps,
+        "tokens_seen": config.steps * config.batch_size * config.accumulation * config.sequence_length,
+        "seed": config.seed,
+        "loss": result.loss,
+        "perplexity": result.perplexity,
+        "bits_per_byte": result.bits_per_byte,
+        "weight_entropy": result.weight_entropy,
+        "activation_entropy": result.activation_entropy,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "quantized_parameters": sum(row.shape[0] * row.shape[1] for row in result.layers),
+        "bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
+        "packed_bytes": sum(row.bytes_packed for row in rows) if layers else None,
+        "seconds_per_step": seconds[len(seconds) // 2] if seconds else None,
+        "precision": str(precision).removeprefix("torch."),
+        "layers": layers,
+    }
+
+
+class _stop_on_signals:
+    """Inside a `with`, the first Ctrl-C or SIGTERM asks the run to stop after its step; a second Ctrl-C interrupts at once."""
+
+    def __init__(self, run: _Run) -> None:
+        self.run = run
+
+    def __enter__(self) -> None:
+        self.previous: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.previous[number] = signal.signal(number, self._stop)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        if self.run.stop_requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.run.stop_requested = True
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,53 @@
+"""AdamW's parameter groups and the learning rate of each step."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from bitbell.quantizers import Quantizer
+from bitbell.training.config import TrainConfig
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Two groups: decayed (linear weights inside the blocks, LSQ's steps) and not decayed (everything else).
+
+    Not decayed: embeddings, norms, biases, the output head, the scales of BBQ. The same split for full precision.
+    Source: BBQ's published training code.
+    """
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    decayed: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module is not head:
+            decayed[id(module.weight)] = module.weight
+        if isinstance(module, Quantizer) and module.scale_decays and isinstance(module.scale, nn.Parameter):
+            decayed[id(module.scale)] = module.scale
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            decayed.pop(id(module.weight), None)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trainable if id(p) in decayed], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if id(p) not in decayed], "weight_decay": 0.0},
+    ]
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig, learning_rate: float) -> torch.optim.AdamW:
+    """AdamW over `parameter_groups`, in PyTorch's fused form."""
+    groups = parameter_groups(model, config.weight_decay)
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(config.beta1, config.beta2), fused=True)
+
+
+def learning_rate_at(step: int, *, steps: int, peak: float, warmup: float, final: float) -> float:
+    """One-cycle cosine: peak/100 up to the peak over `warmup` of the steps, then down to `final` of it at the last step."""
+    rising = round(warmup * steps)
+    if step < rising:
+        return _cosine(peak / 100, peak, step / rising)
+    falling = steps - 1 - rising
+    return _cosine(peak, peak * final, (step - rising) / falling if falling > 0 else 0.0)
+
+
+def _cosine(start: float, end: float, share: float) -> float:
+    return end + (start - end) * (1 + math.cos(math.pi * share)) / 2

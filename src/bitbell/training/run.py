@@ -1,0 +1,132 @@
+"""A run on disk: what it was made from, where it stands, and the model that came out of it.
+
+    RUN/config.json      the full configuration, versions and the data's fingerprint
+    RUN/metrics.jsonl    one JSON object a line
+    RUN/tensorboard/     the same for TensorBoard
+    RUN/checkpoints/     see `bitbell.training.checkpoint`
+    RUN/tokenizer.json   so that the run can be packed and used without the data
+    RUN/summary.json     every final number, once the run is finished
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bitbell.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from bitbell.data import TokenDataset
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+def open_run(config: TrainConfig, dataset: TokenDataset) -> Path:
+    """Make the run's directory, or open that of the same configuration to continue it.
+
+    Raises ValueError naming the fields that differ if it holds another run, and OSError naming it if it cannot be written.
+    """
+    run = Path(config.out)
+    fingerprint = data_fingerprint(Path(config.data))
+    if (run / "config.json").exists():
+        old, found = read_run_config(run)
+        differ = {name: pair for name, pair in old.differences(config).items()}
+        if found.get("data_fingerprint") != fingerprint:
+            differ["data"] = (old.data, config.data)
+        if differ:
+            listed = "; ".join(f"{name} was {mine!r}, is {theirs!r}" for name, (mine, theirs) in differ.items())
+            raise ValueError(f"{run} holds a run of another configuration ({listed}). Choose another --out or delete it")
+    elif run.exists() and (not run.is_dir() or any(run.iterdir())):
+        raise ValueError(f"{run} exists and is not a run of bitbell (no config.json in it). Choose another --out")
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        extra = {"versions": versions(), "data_fingerprint": fingerprint, "vocab_size": dataset.vocab_size}
+        write_json(run / "config.json", config.to_dict() | extra)
+        for name in TOKENIZER_FILES:
+            if (Path(config.data) / name).exists():
+                (run / name).write_bytes((Path(config.data) / name).read_bytes())
+    except OSError as error:
+        raise OSError(f"cannot write to the run directory {run}: {error.strerror or error}") from error
+    return run
+
+
+def read_run_config(run: Path) -> tuple[TrainConfig, dict[str, Any]]:
+    """The configuration of a run, and everything else in its config.json. Raises ValueError for a folder that is no run."""
+    try:
+        values = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{run} is not a run directory: {run / 'config.json'} cannot be read ({error})") from None
+    names = {f.name for f in dataclasses.fields(TrainConfig)}
+    if not isinstance(values, dict) or "preset" not in values:
+        raise ValueError(f"{run} is not a run directory: its config.json is not a training configuration")
+    config = TrainConfig.from_dict({k: v for k, v in values.items() if k in names}, str(run / "config.json"))
+    return config, {k: v for k, v in values.items() if k not in names}
+
+
+def data_fingerprint(data: Path) -> str:
+    """A hash of the data set's description, which holds the checksums of its shards."""
+    return hashlib.sha256((data / "dataset.json").read_bytes()).hexdigest()[:16]
+
+
+def build_run_model(config: TrainConfig, vocab_size: int) -> nn.Module:
+    """The model of a configuration, quantized but not yet calibrated or trained."""
+    from bitbell.layers import quantize
+    from bitbell.models import build_model
+
+    model = build_model(
+        config.preset, vocab_size=vocab_size, sequence_length=config.sequence_length, seed=config.seed
+    )
+    rules: Mapping[str, str | None] = {pattern: _none(name) for pattern, name in config.rules.items()}
+    if rules:
+        return quantize(model, rules, share_inputs=config.share_inputs)
+    recipe = _none(config.recipe)
+    return model if recipe is None else quantize(model, recipe, share_inputs=config.share_inputs)
+
+
+def _none(recipe: str) -> str | None:
+    return None if recipe.lower() in ("none", "full-precision") else recipe
+
+
+def load_run(run: str | Path) -> tuple[nn.Module, TrainConfig, int]:
+    """The model of a run's newest checkpoint, its configuration and how many steps it has had.
+
+    Raises ValueError for a folder that is no run or has no checkpoint yet.
+    """
+    from bitbell.training.checkpoint import list_checkpoints, load_checkpoint
+
+    run = Path(run)
+    config, extra = read_run_config(run)
+    checkpoints = list_checkpoints(run)
+    if not checkpoints:
+        raise ValueError(f"{run} has no checkpoint yet; train it with `bitbell train --out {run} ...`")
+    model = build_run_model(config, extra["vocab_size"])
+    load_checkpoint(checkpoints[-1], model)
+    return model.eval(), config, checkpoints[-1].step
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write JSON so that the file is either the old or the new one, whole."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def versions() -> dict[str, str]:
+    """Versions of bitbell, Python and the libraries whose numbers a run depends on."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version()}
+    for name in ("bitbell", "torch", "transformers", "tokenizers"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
