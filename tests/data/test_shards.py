@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bitbell.data.shards import ShardInfo, ShardWriter, narrowest_dtype, open_shard, verify_shard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from bitbell.data.shards import ShardInfo, ShardWriter, narrowest_dtype, open_shard, verify_shard
 
 
 def write_shard(folder: Path, tokens: list[int], dtype: str = "uint16") -> Path:
@@ -31,7 +32,8 @@ def test_the_narrowest_type_that_holds_the_vocabulary_is_taken():
 
 
 @given(
-    pieces=st.lists(st.lists(st.integers(0, 65535), max_size=20), max_size=10), shard_tokens=st.integers(1, 30)
+    pieces=st.lists(st.lists(st.integers(0, 65535), max_size=20), max_size=10),
+    shard_tokens=st.integers(1, 30),
 )
 @settings(max_examples=50, deadline=None)
 def test_what_is_appended_is_what_the_shards_hold(
@@ -111,7 +113,9 @@ def test_a_changed_token_is_found_by_the_checksum(tmp_path: Path):
 
 def test_a_write_that_fails_names_the_file(tmp_path: Path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # as a full disk: the system refuses to grow the file
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (100_000, hard)
+    )  # as a full disk: the system refuses to grow the file
     writer = ShardWriter(tmp_path, "train", "uint16", 10**9)
     try:
         with pytest.raises(OSError, match=r"cannot write .*train-00000\.tokens: File too large"):

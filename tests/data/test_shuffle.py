@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
-from bitbell.data.shuffle import Permutation, draw
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from bitbell.data.shuffle import Permutation, draw
 
 
 def test_the_hash_of_some_numbers_is_pinned():
@@ -37,7 +38,7 @@ def test_seeds_and_epochs_give_different_orders():
     assert len(orders) == 25
 
 
-@pytest.mark.parametrize("size", [2, 3, 5, 16, 100])
+@pytest.mark.parametrize("size", [2, 3, 5, 16, 40])
 def test_every_place_gets_every_number_about_equally_often(size: int):
     rounds = 40 * size
     counts = np.zeros((size, size))

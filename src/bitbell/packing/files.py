@@ -1,0 +1,300 @@
+"""The packed directory: written whole or not at all, read with every check before a kernel sees it.
+
+    DIR/config.json          the model's Hugging Face configuration, with a versioned `quantization_config`
+    DIR/model.safetensors    codes at their true width, scales, the activation quantizers' state, full-precision tensors
+    DIR/tokenizer.json       if the model has one
+
+docs/file-format.md describes every byte. No pickle, and no code of the directory is ever run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitbell.layers import Recipe, SharedInput, quantized_layers, replace_module
+from bitbell.packing.layers import PackedLinear
+from bitbell.packing.model import PackedModel, shared_groups
+
+FORMAT_VERSION = 1
+QUANT_METHOD = "bitbell"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+class PackedFileError(ValueError):
+    """A packed directory is damaged, foreign or of another version; the message names the file, the tensor and the problem."""
+
+
+def save(
+    packed: PackedModel, directory: str | Path, *, tokenizer: str | Path | None = None, overwrite: bool = False
+) -> Path:
+    """Write `packed` to `directory`. tokenizer: a folder (a run, a data set) whose tokenizer files travel along.
+
+    Raises ValueError if the directory holds something already (and `overwrite` is not set, or it is no packed model), and
+    OSError naming it if it cannot be written; nothing half-written is left behind.
+    """
+    from safetensors.torch import save_file
+
+    target = Path(directory)
+    _check_target(target, overwrite)
+    partial = target.with_name(target.name + ".partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        tensors = {name: t.detach().cpu().contiguous().clone() for name, t in packed.model.state_dict().items()}
+        save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
+        (partial / "config.json").write_text(json.dumps(describe(packed), indent=2) + "\n", encoding="utf-8")
+        for name in TOKENIZER_FILES:
+            if tokenizer is not None and (source := Path(tokenizer) / name).exists():
+                shutil.copyfile(source, partial / name)
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(partial, target)
+    except Exception as error:  # safetensors has errors of its own beside OSError
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(f"could not write the packed model to {target}: {error}") from error
+    return target
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    is_packed = (target / "config.json").is_file() and "quantization_config" in (target / "config.json").read_text("utf-8")
+    if not is_packed:
+        raise ValueError(f"{target} exists and is no packed model; choose another directory")
+    if not overwrite:
+        raise ValueError(f"{target} holds a packed model already; choose another directory or ask to overwrite it")
+
+
+def describe(packed: PackedModel) -> dict[str, Any]:
+    """The config.json of a packed model."""
+    layers = dict(quantized_layers(packed.model))
+    recipes: list[dict[str, Any]] = []
+    entries: dict[str, dict[str, Any]] = {}
+    for name, layer in layers.items():
+        recipe = layer.recipe.to_dict()
+        if recipe not in recipes:
+            recipes.append(recipe)
+        entries[name] = {
+            "recipe": recipes.index(recipe),
+            "shape": [layer.out_features, layer.in_features],
+            "rotation": layer.rotation,
+            "weight_zero_point": layer.weight_zero_point,
+            "bias": layer.bias is not None,
+        }
+    config = packed.model.config.to_dict() if hasattr(packed.model, "config") else {}
+    quantization = {
+        "quant_method": QUANT_METHOD,
+        "format_version": FORMAT_VERSION,
+        "packing": "little-endian-int32-rows",
+        "recipes": recipes,
+        "layers": entries,
+        "shared_inputs": shared_groups(layers),
+    }
+    return config | {"quantization_config": quantization}
+
+
+def load(directory: str | Path, *, model: nn.Module | None = None) -> PackedModel:
+    """Read a packed directory.
+
+    model: for what is no Hugging Face causal language model, an instance of the same full-precision architecture; its linear
+    layers are replaced in place. Raises PackedFileError (a ValueError) naming file, tensor and problem for a directory that is
+    damaged, of another version, or not what its own configuration says.
+    """
+    folder = Path(directory)
+    config = _read_config(folder)
+    quantization = _check_quantization(folder, config)
+    header = _read_header(folder / "model.safetensors")
+    build = (lambda: model) if model is not None else _hugging_face_builder(folder, config, len(header))
+    if model is None:
+        # Nothing of the claimed size is allocated before the file has shown that it holds that much.
+        with torch.device("meta"):
+            _check_tensors(folder, _with_packed_layers(folder, build(), quantization), header)
+    twin = _with_packed_layers(folder, build(), quantization)
+    _check_tensors(folder, twin, header)
+    twin.load_state_dict(_read_tensors(folder / "model.safetensors"), assign=True)
+    _check_values(folder, twin)
+    return PackedModel(twin.requires_grad_(False))
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PackedFileError(f"{folder} is not a packed model: {path} cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise PackedFileError(f"{path} is no valid JSON: {error}") from None
+    if not isinstance(config, dict) or not isinstance(config.get("quantization_config"), dict):
+        raise PackedFileError(f"{path} has no quantization_config, so {folder} is not a packed model")
+    return config
+
+
+def _check_quantization(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """The quantization_config, once its version is ours and every entry is what it must be."""
+    quantization: dict[str, Any] = config["quantization_config"]
+    where = folder / "config.json"
+    if quantization.get("quant_method") != QUANT_METHOD:
+        raise PackedFileError(f"{where}: quant_method is {quantization.get('quant_method')!r}, bitbell reads {QUANT_METHOD!r}")
+    if quantization.get("format_version") != FORMAT_VERSION:
+        raise PackedFileError(
+            f"{where}: format_version is {quantization.get('format_version')!r}, this bitbell reads {FORMAT_VERSION}"
+        )
+    recipes, layers, groups = (quantization.get(key) for key in ("recipes", "layers", "shared_inputs"))
+    if not isinstance(recipes, list) or not isinstance(layers, dict) or not isinstance(groups, list) or not layers:
+        raise PackedFileError(f"{where}: quantization_config needs recipes, layers and shared_inputs")
+    for name, entry in layers.items():
+        _check_entry(f"{where}, layer {name!r}", entry, len(recipes))
+    for group in groups:
+        if not isinstance(group, list) or len(group) < 2 or not all(name in layers for name in group):
+            raise PackedFileError(f"{where}: shared_inputs {group!r} is no list of two or more known layers")
+    return quantization
+
+
+def _check_entry(where: str, entry: Any, num_recipes: int) -> None:
+    if not isinstance(entry, dict):
+        raise PackedFileError(f"{where} must be an object, got {entry!r}")
+    recipe, shape = entry.get("recipe"), entry.get("shape")
+    if type(recipe) is not int or not 0 <= recipe < num_recipes:
+        raise PackedFileError(f"{where}: recipe must be 0 to {num_recipes - 1}, got {recipe!r}")
+    if not isinstance(shape, list) or len(shape) != 2 or any(type(n) is not int or not 0 < n < 2**31 for n in shape):
+        raise PackedFileError(f"{where}: shape must be two positive integers below 2**31, got {shape!r}")
+    if type(entry.get("weight_zero_point")) not in (int, float) or type(entry.get("bias")) is not bool:
+        raise PackedFileError(f"{where}: weight_zero_point must be a number and bias true or false")
+
+
+def _hugging_face_builder(folder: Path, config: dict[str, Any], num_tensors: int) -> Callable[[], nn.Module]:
+    """What builds the full-precision architecture of a Hugging Face configuration; no code of the directory is run."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    where = folder / "config.json"
+    depth = config.get("num_hidden_layers", 0)
+    if type(depth) is not int or not 0 <= depth <= num_tensors:
+        raise PackedFileError(f"{where}: num_hidden_layers is {depth!r}, but the file holds {num_tensors} tensors")
+    plain = {k: v for k, v in config.items() if k not in ("quantization_config", "auto_map", "architectures", "model_type")}
+    try:
+        architecture = AutoConfig.for_model(config["model_type"], **plain)
+    except (KeyError, ValueError, TypeError) as error:
+        raise PackedFileError(
+            f"{where}: model_type {config.get('model_type')!r} is not one that this transformers knows ({error}); "
+            "for a model of your own, pass bitbell.load(directory, model=...)"
+        ) from None
+
+    def build() -> nn.Module:
+        try:
+            return AutoModelForCausalLM.from_config(architecture)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise PackedFileError(f"{where}: no model can be built from it: {error}") from None
+
+    return build
+
+
+def _with_packed_layers(folder: Path, model: nn.Module, quantization: dict[str, Any]) -> nn.Module:
+    where = folder / "config.json"
+    packed: dict[str, PackedLinear] = {}
+    try:
+        recipes = [Recipe(**recipe) for recipe in quantization["recipes"]]
+    except (ValueError, TypeError) as error:
+        raise PackedFileError(f"{where}: a recipe is not valid: {error}") from None
+    for name, entry in quantization["layers"].items():
+        try:
+            linear = model.get_submodule(name)
+        except AttributeError:
+            raise PackedFileError(f"{where}: the model has no layer {name!r}") from None
+        shape = [getattr(linear, "out_features", None), getattr(linear, "in_features", None)]
+        if not isinstance(linear, nn.Linear) or shape != entry["shape"]:
+            raise PackedFileError(f"{where}: {name} has shape {entry['shape']} there, but {shape} in the model")
+        recipe = recipes[entry["recipe"]]
+        try:
+            layer = PackedLinear(shape[1], shape[0], recipe, entry["bias"], linear.weight.device)
+        except ValueError as error:
+            raise PackedFileError(f"{where}: {name}: {error}") from None
+        if (layer.rotation, layer.weight_zero_point) != (entry.get("rotation"), entry["weight_zero_point"]):
+            raise PackedFileError(
+                f"{where}: {name} has rotation {entry.get('rotation')!r} and zero point {entry['weight_zero_point']!r}, "
+                f"its recipe gives {layer.rotation!r} and {layer.weight_zero_point!r}"
+            )
+        packed[name] = layer
+        replace_module(model, name, layer)
+    for group in quantization["shared_inputs"]:
+        _share(where, [packed[name] for name in group])
+    return model.eval()
+
+
+def _share(where: Path, layers: list[PackedLinear]) -> None:
+    quantizer = layers[0].activation_quantizer
+    if quantizer is None or len({(layer.in_features, str(layer.recipe)) for layer in layers}) != 1:
+        raise PackedFileError(f"{where}: shared_inputs joins layers of different widths or recipes")
+    shared = SharedInput(quantizer, len(layers))
+    for place, layer in enumerate(layers):
+        layer.share_input(shared, place)
+
+
+def _read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name -> (dtype, shape) of a safetensors file, whose own reader checks sizes and offsets."""
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            return {name: (s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
+    except FileNotFoundError:
+        raise PackedFileError(f"{path} does not exist") from None
+    except Exception as error:  # safetensors has errors of its own
+        raise PackedFileError(f"{path} is damaged or no safetensors file: {error}") from None
+
+
+_DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16"} | {
+    torch.int32: "I32",
+    torch.int64: "I64",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.bool: "BOOL",
+}
+
+
+def _check_tensors(folder: Path, model: nn.Module, header: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+    path = folder / "model.safetensors"
+    expected = model.state_dict()
+    for name in sorted(expected.keys() - header.keys()):
+        raise PackedFileError(f"{path}: the tensor {name} is missing")
+    for name in sorted(header.keys() - expected.keys()):
+        raise PackedFileError(f"{path}: the tensor {name} has no place in the model")
+    for name, tensor in expected.items():
+        dtype, shape = header[name]
+        floats = tensor.is_floating_point() and dtype in ("F16", "BF16", "F32") and not name.endswith("weight_scale")
+        if shape != tuple(tensor.shape) or (dtype != _DTYPES.get(tensor.dtype) and not floats):
+            raise PackedFileError(
+                f"{path}: the tensor {name} is {dtype} {shape}, but must be {_DTYPES.get(tensor.dtype)} {tuple(tensor.shape)}"
+            )
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except Exception as error:  # safetensors has errors of its own
+        raise PackedFileError(f"{path} is damaged: {error}") from None
+
+
+def _check_values(folder: Path, model: nn.Module) -> None:
+    path = folder / "model.safetensors"
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise PackedFileError(f"{path}: the tensor {name} holds NaN or infinity")
+        if name.endswith(".calibrated") and not bool(tensor.all()):
+            raise PackedFileError(f"{path}: {name} is false, so the quantizer has no scale")
+    for name, layer in quantized_layers(model):
+        if layer.weight_shape.tolist() != [layer.out_features, layer.in_features]:
+            raise PackedFileError(
+                f"{path}: {name}.weight_shape is {layer.weight_shape.tolist()}, "
+                f"but must be {[layer.out_features, layer.in_features]}"
+            )

@@ -1,0 +1,119 @@
+"""PackedLinear: what a trained QuantLinear becomes. It stores codes at their true width and multiplies integers.
+
+    levels_x . levels_w^T = codes_x . codes_w^T - z_w sum(codes_x) - z_x sum(codes_w) + K z_x z_w
+
+The product of codes is int8 times int8 with an int32 sum, whatever the zero points (half-integers too): they are folded out by
+the sums of codes. Then come the same two steps, in the same order, as in training.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bitbell.kernels import integer_product, pack_codes, packed_words, rotate, unpack_codes
+from bitbell.layers import QuantizedLayer, QuantLinear, Recipe
+from bitbell.quantizers import Quantized, Quantizer
+
+EXACT_IN_FLOAT32 = 2**24
+
+
+class PackedLinear(nn.Module, QuantizedLayer):
+    """A linear layer of packed codes; for inference only.
+
+    weight_packed: int32 (O, packed_words(I, bits)), see `bitbell.kernels.pack_codes`. weight_scale: float32 (O, 1), the value
+    of one level. weight_shape: int64 (O, I). bias: float32 (O,) or None. activation_quantizer: None leaves inputs alone.
+    """
+
+    weight_packed: Tensor
+    weight_scale: Tensor
+    weight_shape: Tensor
+    bias: Tensor | None
+
+    def __init__(self, in_features: int, out_features: int, recipe: Recipe, bias: bool, device: Any = None) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.recipe = in_features, out_features, recipe
+        with torch.device(device or torch.get_default_device()):
+            weight_quantizer, self.activation_quantizer = recipe.quantizers_for(out_features, in_features)
+            words = packed_words(in_features, recipe.weights)
+            self.register_buffer("weight_packed", torch.zeros(out_features, words, dtype=torch.int32))
+            self.register_buffer("weight_scale", torch.zeros(out_features, 1))
+            self.register_buffer("weight_shape", torch.tensor([out_features, in_features]))
+            self.register_buffer("bias", torch.zeros(out_features) if bias else None)
+        self.rotation, self.weight_zero_point = weight_quantizer.rotation, weight_quantizer.zero_point
+        self._unpacked: tuple[Tensor, Tensor] | None = None
+        self.requires_grad_(False)
+
+    @classmethod
+    @torch.no_grad()
+    def from_trained(cls, layer: QuantLinear, activation_quantizer: Quantizer | None) -> PackedLinear:
+        """Pack a trained layer; `activation_quantizer` is its (possibly shared) quantizer's copy."""
+        bits = layer.recipe.weights
+        packed = cls(layer.in_features, layer.out_features, layer.recipe, layer.bias is not None, layer.weight.device)
+        codes, step = layer.weight_codes(), weight_step(layer)
+        packed.weight_packed.copy_(pack_codes(codes, bits))
+        packed.weight_scale.copy_(step)
+        if packed.bias is not None:
+            packed.bias.copy_(layer.bias)
+        packed.activation_quantizer = activation_quantizer
+        packed.rotation, packed.weight_zero_point = layer.weight_quantizer.rotation, layer.weight_quantizer.zero_point
+        return packed.requires_grad_(False).eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        codes, _ = self._weights()
+        if self.activation_quantizer is None:
+            values = (codes.float() - self.weight_zero_point) * self.weight_scale
+            y = F.linear(rotate(x.float(), self.rotation), values)
+        else:
+            y = self._multiply(self.quantize_input(x), codes)
+        y = y if self.bias is None else y + self.bias
+        return y.to(x.dtype)
+
+    def _multiply(self, a: Quantized, codes: Tensor) -> Tensor:
+        assert self.activation_quantizer is not None
+        total = integer_product(a.codes.reshape(-1, self.in_features), codes)
+        y = self._fold_zero_points(total, a.codes).view(*a.codes.shape[:-1], self.out_features)
+        return y * self.weight_scale.reshape(1, -1) * a.step.float()
+
+    def _fold_zero_points(self, total: Tensor, x_codes: Tensor) -> Tensor:
+        """Product of codes (M, O) int32 -> product of levels, float32; exact, but for the last rounding of wide sums."""
+        assert self.activation_quantizer is not None
+        z_x, z_w = self.activation_quantizer.zero_point, self.weight_zero_point
+        # Levels come in quarters at the finest (half-integer zero points), hence the 4.
+        largest = 4 * self.in_features * 2 ** (self.activation_quantizer.bits + self.recipe.weights - 2)
+        result = total.to(torch.float32 if largest < EXACT_IN_FLOAT32 else torch.float64)
+        if z_w:
+            result = result - z_w * x_codes.reshape(-1, self.in_features).sum(-1, keepdim=True, dtype=torch.int32)
+        if z_x:
+            result = result - z_x * self._weights()[1]
+        return (result + self.in_features * z_x * z_w).float()
+
+    def _weights(self) -> tuple[Tensor, Tensor]:
+        """Centred codes (O, I) int8 and their row sums (O,) int32, unpacked at the first use."""
+        kept = self._unpacked
+        if kept is None or kept[0].device != self.weight_packed.device:
+            bits = self.recipe.weights
+            codes = unpack_codes(self.weight_packed, bits, self.in_features).to(torch.int16) - 2 ** (bits - 1)
+            kept = codes.to(torch.int8), codes.sum(-1, dtype=torch.int32)
+            self._unpacked = kept
+        return kept
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._unpacked = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def weight_codes(self) -> Tensor:
+        return unpack_codes(self.weight_packed, self.recipe.weights, self.in_features)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, recipe={self.recipe.name}"
+
+
+@torch.no_grad()
+def weight_step(layer: QuantLinear) -> Tensor:
+    """The value of one level of each row of a trained layer's weight, (O, 1) float32."""
+    step = layer.weight_quantizer.quantize(layer.weight).step
+    return step.float().expand(layer.out_features, 1)

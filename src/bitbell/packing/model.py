@@ -1,0 +1,86 @@
+"""A trained model -> its packed twin."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitbell.layers import QuantLinear, SharedInput, quantized_layers
+from bitbell.packing.layers import PackedLinear
+
+
+class PackedModel(nn.Module):
+    """A model whose quantized layers are packed. Called, generated from and evaluated like the model it holds.
+
+    model: the module itself. `save(directory)` writes it; `bitbell.load(directory)` reads it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model.eval()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    @property
+    def config(self) -> Any:
+        """The Hugging Face configuration, where the model has one."""
+        return self.model.config
+
+    @torch.no_grad()
+    def generate(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The model's own `generate`."""
+        return self.model.generate(*args, **kwargs)  # type: ignore[operator]
+
+    def save(self, directory: str | Path, *, tokenizer: str | Path | None = None, overwrite: bool = False) -> Path:
+        """Write the packed directory; see `bitbell.packing.files.save`."""
+        from bitbell.packing.files import save
+
+        return save(self, directory, tokenizer=tokenizer, overwrite=overwrite)
+
+
+def pack(model: nn.Module) -> PackedModel:
+    """The packed twin of a trained, quantized model; `model` itself is not changed, and full-precision weights are copied.
+
+    Raises ValueError for a model without quantized layers, or with one that has no scale yet or whose weights are not finite.
+    """
+    trained = dict(quantized_layers(model))
+    if not trained:
+        raise ValueError("the model has no quantized layer; quantize and train it first (bitbell.quantize)")
+    memo: dict[int, Any] = {}
+    packed: dict[str, PackedLinear] = {}
+    for name, layer in trained.items():
+        if not isinstance(layer, QuantLinear):
+            raise ValueError(f"{name} is a {type(layer).__name__}: the model is packed already")
+        _check_ready(name, layer)
+        packed[name] = memo[id(layer)] = PackedLinear.from_trained(layer, copy.deepcopy(layer.activation_quantizer, memo))
+    for names in shared_groups(trained):
+        quantizer = packed[names[0]].activation_quantizer
+        assert quantizer is not None
+        shared = SharedInput(quantizer, len(names))
+        for place, name in enumerate(names):
+            packed[name].share_input(shared, place)
+    twin = copy.deepcopy(model, memo)
+    return PackedModel(twin.requires_grad_(False))
+
+
+def shared_groups(layers: dict[str, Any]) -> list[list[str]]:
+    """Names of layers that share an input quantizer, the owner first."""
+    groups: dict[int, list[str]] = {}
+    for name, layer in layers.items():
+        if layer.shared_input is not None:
+            groups.setdefault(id(layer.shared_input), []).append(name)
+    return [sorted(names, key=lambda n: layers[n].place_in_shared_input) for names in groups.values()]
+
+
+def _check_ready(name: str, layer: QuantLinear) -> None:
+    for what, quantizer in (("weight", layer.weight_quantizer), ("input", layer.activation_quantizer)):
+        if quantizer is not None and not bool(quantizer.calibrated):
+            raise ValueError(f"{name}: the {what} quantizer has no scale yet; train the model, or call bitbell.calibrate on it")
+    for parameter_name, parameter in layer.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise ValueError(f"{name}.{parameter_name} holds NaN or infinity and cannot be packed")

@@ -1,0 +1,120 @@
+"""The proof that packing changed nothing: codes equal, layer outputs and logits equal up to the last rounding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitbell.evaluation import logits_of
+from bitbell.evaluation.loss import device_of, evaluation_mode
+from bitbell.layers import QuantizedLayer, QuantLinear, quantized_layers
+from bitbell.packing.layers import PackedLinear, weight_step
+
+LAYER_TOLERANCE = 1e-6  # of a layer's largest output; float32 rounding of the two steps is half of 1.2e-7
+LOGIT_TOLERANCE = 1e-4  # of the largest logit
+
+
+class VerificationError(AssertionError):
+    """A trained model and its packed twin differ; the message names the layer and the difference."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was compared, and the largest differences, relative to the largest output."""
+
+    layers: int
+    codes: int
+    worst_layer: str
+    layer_difference: float
+    logit_difference: float | None
+
+    def __str__(self) -> str:
+        logits = "not compared" if self.logit_difference is None else f"{self.logit_difference:.1e} of the largest"
+        return (
+            f"verified {self.layers} layers: {self.codes:,} weight codes equal, input codes equal, outputs within "
+            f"{self.layer_difference:.1e} of the largest ({self.worst_layer}), logits {logits}"
+        )
+
+
+@torch.no_grad()
+def verify(model: nn.Module, packed: nn.Module, batch: Any = None) -> Verification:
+    """Compare a trained model with its packed twin; raise VerificationError, naming the layer, where they differ.
+
+    batch: token ids (B, T), or whatever the model takes as its one argument; by default random ids for a Hugging Face model,
+    and random layer inputs for others. Weight codes, steps and input codes must be equal; outputs may differ by 1e-6 of the
+    largest, logits by 1e-4.
+    """
+    twin = getattr(packed, "model", packed)
+    trained, others = dict(quantized_layers(model)), dict(quantized_layers(twin))
+    if not trained or trained.keys() != others.keys():
+        missing = sorted(trained.keys() ^ others.keys())[:3]
+        raise VerificationError(f"the two models have different quantized layers: {', '.join(missing) or 'none at all'}")
+    codes = sum(_compare_weights(name, trained[name], others[name]) for name in trained)
+    if batch is None and hasattr(model, "config"):
+        generator = torch.Generator().manual_seed(0)
+        batch = torch.randint(0, model.config.vocab_size, (2, 64), generator=generator)  # type: ignore[union-attr]
+    with evaluation_mode(model), evaluation_mode(twin):
+        inputs = _record_inputs(model, batch) if batch is not None else _random_inputs(trained)
+        differences = {name: _compare_outputs(name, trained[name], others[name], x) for name, x in inputs.items()}
+        logits = None if batch is None else _compare_logits(model, twin, batch)
+    worst = max(differences, key=lambda name: differences[name])
+    return Verification(len(trained), codes, worst, differences[worst], logits)
+
+
+def _compare_weights(name: str, layer: QuantLinear, packed: PackedLinear) -> int:
+    ours, theirs = layer.weight_codes(), packed.weight_codes()
+    if ours.shape != theirs.shape:
+        raise VerificationError(f"{name}: the weight is {tuple(ours.shape)}, packed {tuple(theirs.shape)}")
+    if different := int((ours != theirs).sum()):
+        raise VerificationError(f"{name}: {different} of {ours.numel()} weight codes differ")
+    if not torch.equal(weight_step(layer), packed.weight_scale):
+        raise VerificationError(f"{name}: the weight scales differ")
+    return ours.numel()
+
+
+def _record_inputs(model: nn.Module, batch: Any) -> dict[str, Tensor]:
+    inputs: dict[str, Tensor] = {}
+    hooks = [
+        layer.register_forward_pre_hook(lambda layer, args, name=name: inputs.__setitem__(name, args[0]))
+        for name, layer in quantized_layers(model)
+    ]
+    try:
+        logits_of(model, batch.to(device_of(model)) if isinstance(batch, Tensor) else batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return inputs
+
+
+def _random_inputs(layers: dict[str, QuantLinear]) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(16, layer.in_features, generator=generator) for name, layer in layers.items()}
+
+
+def _compare_outputs(name: str, layer: QuantLinear, packed: PackedLinear, x: Tensor) -> float:
+    if layer.activation_quantizer is not None:
+        ours, theirs = _encode(layer, x), _encode(packed, x)
+        if different := int((ours != theirs).sum()):
+            raise VerificationError(f"{name}: {different} of {ours.numel()} input codes differ")
+    expected, got = layer(x).float(), packed(x).float()
+    difference = float((expected - got).abs().max() / expected.abs().max().clamp_min(1e-30))
+    if not difference <= LAYER_TOLERANCE:
+        raise VerificationError(f"{name}: outputs differ by {difference:.2e} of the largest, allowed are {LAYER_TOLERANCE}")
+    return difference
+
+
+def _encode(layer: QuantizedLayer, x: Tensor) -> Tensor:
+    assert layer.activation_quantizer is not None
+    return layer.activation_quantizer.encode(x)
+
+
+def _compare_logits(model: nn.Module, twin: nn.Module, batch: Any) -> float:
+    batch = batch.to(device_of(model)) if isinstance(batch, Tensor) else batch
+    expected, got = logits_of(model, batch).float(), logits_of(twin, batch).float()
+    difference = float((expected - got).abs().max() / expected.abs().max().clamp_min(1e-30))
+    if not difference <= LOGIT_TOLERANCE:
+        raise VerificationError(f"logits differ by {difference:.2e} of the largest, allowed are {LOGIT_TOLERANCE}")
+    return difference
