@@ -80,7 +80,7 @@ def test_a_wrong_sum_of_tokens_is_refused(copy: Path):
     splits = json.loads((copy / "dataset.json").read_text())["splits"]
     splits["valid"]["tokens"] += 1
     edit(copy, splits=splits)
-    with pytest.raises(ValueError, match="split valid has .* tokens, but its shards have another sum"):
+    with pytest.raises(ValueError, match=r"split valid has .* tokens, but its shards have another sum"):
         TokenDataset.open(copy)
 
 

@@ -37,7 +37,7 @@ def counting_dataset(folder: Path, tokens: int, shard_tokens: int = 10**9) -> To
     shard_tokens=st.integers(1, 100),
     seed=st.integers(0, 100),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_every_epoch_has_every_window_exactly_once(
     tokens: int,
     sequence_length: int,
@@ -110,10 +110,7 @@ def test_ranks_joined_are_the_batch_of_one_process(dataset: TokenDataset, world_
 def test_the_order_is_pinned(tmp_path: Path):
     dataset = counting_dataset(tmp_path / "out", 1000)
     batches = Batches(dataset, batch_size=6, sequence_length=100, seed=42)
-    assert batches.batch(0)[:, 0].tolist() == PINNED
-
-
-PINNED = [0]
+    assert batches.batch(0)[:, 0].tolist() == [880, 80, 280, 180, 480, 780]
 
 
 def test_steps_per_epoch_counts_all_ranks(tmp_path: Path):
@@ -146,7 +143,7 @@ def test_a_limit_above_what_is_there_changes_nothing(dataset: TokenDataset):
 
 def test_a_split_shorter_than_a_window_is_refused_with_both_lengths(tmp_path: Path):
     dataset = counting_dataset(tmp_path / "out", 100)
-    message = r"split 'valid' of .*out has 100 tokens, but a window of sequence_length=100 needs 101\. .* at most 99"
+    message = r"split 'valid' of .* has 100 tokens, but a window of sequence_length=100 needs 101\. .* 99, or"
     with pytest.raises(ValueError, match=message):
         windows(dataset, sequence_length=100)
     with pytest.raises(ValueError, match=message.replace("valid", "train")):
@@ -183,8 +180,12 @@ def test_the_data_set_tells_its_sizes(dataset: TokenDataset):
 
 
 def test_the_package_is_imported_without_its_heavy_parts():
-    script = "import sys, bitbell.data; bitbell.data.TokenDataset, bitbell.data.tokenize, bitbell.data.load_tokenizer\n"
-    script += "print([name for name in ('torch', 'transformers', 'datasets', 'pyarrow', 'tokenizers') if name in sys.modules])"
+    script = """
+import sys
+from bitbell.data import Batches, TokenDataset, load_tokenizer, tokenize
+heavy = ("torch", "transformers", "datasets", "pyarrow", "tokenizers")
+print([name for name in heavy if name in sys.modules])
+"""
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout == "[]\n"
 
 

@@ -1,4 +1,4 @@
-"""Every tokenizer gives the text back, saves to one format, and refuses what it cannot open with a sentence."""
+"""Every tokenizer gives the text back, saves to one format, and says why it cannot open something."""
 
 import json
 from collections.abc import Callable

@@ -183,3 +183,12 @@ def _check_operands(a: Tensor, b: Tensor) -> None:
             f"integer_product takes (M, K) and (N, K) with the same K of at most {1 << 17}, "
             f"got {tuple(a.shape)} and {tuple(b.shape)}"
         )
+
+
+def kernel_paths() -> dict[str, str]:
+    """Which implementation each operator takes on this machine, and why, for people."""
+    if _has_vnni():
+        product = "torch int8 (the CPU has AVX-512 VNNI)"
+    else:
+        product = "exact float32 blocks (the CPU has no AVX-512 VNNI, where torch's int8 product is slow)"
+    return {"integer_product": product, "pack_codes": "plain PyTorch", "unpack_codes": "plain PyTorch"}

@@ -161,7 +161,8 @@ def _draw_maps(run: Run, layers: list[LayerCodes], look: Look) -> Picture:
     _draw_key(figure, height)
     caption = (
         "Share of each code, one panel a kind of layer, the first layer on top. Blue codes are used too "
-        "rarely, orange ones too often, against one over the number of codes; colours end at half and double. "
+        "rarely, orange ones too often, against one over the number of codes; colours end at half and at "
+        "double. "
     )
     return Picture(
         f"codes-{slug(run.name)}", run.name, caption + _in_words(layers), _alt(run, layers), figure

@@ -116,8 +116,8 @@ def draw_scales(runs: Sequence[Run], looks: Looks, what: str) -> Picture | None:
     _count_steps(axes)
     label_at_right(axes, labels)
     caption = (
-        f"Scale of the {what} quantizers, in units of what they quantize: mean over layers, and the band from "
-        "the smallest to the largest. Scales of different methods mean different things."
+        f"Scale of the {what} quantizers, in units of what they quantize: mean over layers, and the band "
+        "from the smallest to the largest. Scales of different methods mean different things."
     )
     ends = [f"{run.name} {significant(3)(float(found[run.name][1][-1]))}" for run in shown]
     alt = f"Line chart of {what} scales over training steps. Last mean: " + ", ".join(ends) + "."
@@ -174,7 +174,7 @@ def smooth(values: NDArray[Any]) -> NDArray[Any]:
 
 
 def layer_bands(events: Sequence[Event], key: str) -> tuple[NDArray[Any], ...]:
-    """Steps, and mean, lowest and highest of `key` over the layers at each; layers without it are left out."""
+    """Steps, and mean, lowest and highest of `key` over the layers at each. Layers without it do not count."""
     rows = []
     for event in events:
         values = [value for layer in event.get("layers", {}).values() if finite(value := layer.get(key))]
@@ -201,6 +201,18 @@ def _thin(x: NDArray[Any], y: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]
     return x[chosen], y[chosen]
 
 
+def _thin_band(*band: NDArray[Any]) -> list[NDArray[Any]]:
+    """The same for a band: last step, mean of the means, lowest and highest of each stretch."""
+    if len(band[0]) <= MOST_POINTS:
+        return list(band)
+    stretches = np.array_split(np.arange(len(band[0])), MOST_POINTS)
+    rules = (np.max, np.mean, np.min, np.max)
+    return [
+        np.array([rule(values[stretch]) for stretch in stretches])
+        for rule, values in zip(rules, band, strict=True)
+    ]
+
+
 def _plot_line(axes: Axes, x: NDArray[Any], y: NDArray[Any], look: Look) -> None:
     marker = look.marker if len(x) == 1 else None  # a line of one point would be invisible
     axes.plot(x, y, color=look.colour, linewidth=1.5, linestyle=look.dash, marker=marker, markersize=3)
@@ -219,11 +231,11 @@ def _plot_bands(
     labels = []
     for run in runs:
         look = looks[run.name]
-        x, mean, low, high = found[run.name]
+        x, mean, low, high = _thin_band(*found[run.name])
         axes.fill_between(x, low, high, color=look.colour, alpha=min(0.12, 0.5 / len(runs)), linewidth=0)
         for edge in (low, high):  # where bands overlap, their edges still tell them apart
-            axes.plot(*_thin(x, edge), color=look.colour, linewidth=0.5, alpha=0.6, linestyle=look.dash)
-        _plot_line(axes, *_thin(x, mean), look)
+            axes.plot(x, edge, color=look.colour, linewidth=0.5, alpha=0.6, linestyle=look.dash)
+        _plot_line(axes, x, mean, look)
         labels.append(Label(run.name, x[-1], mean[-1], look.colour))
     return labels
 

@@ -1,7 +1,7 @@
 """How every picture looks: palette, type, size, and how a matplotlib figure becomes files and inline SVG.
 
 A picture is drawn once, in light colours on white, and saved as PNG and SVG. The page gets the same SVG with
-each colour replaced by a CSS variable, so that it follows the reader's light or dark mode and the page's type.
+each colour replaced by a CSS variable, so that it follows the reader's light or dark mode.
 
 matplotlib is imported inside the functions: reading runs must not cost its import.
 """
@@ -49,7 +49,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 
 @dataclass(frozen=True)
 class Look:
-    """What makes a run recognisable in every picture: a hue for its setting, a dash for its seed, a marker."""
+    """What makes a run recognisable in every picture: a hue (its setting), a dash (its seed), a marker."""
 
     colour: str
     dash: Any
@@ -186,8 +186,8 @@ def label_at_right(axes: Axes, labels: Sequence[Label]) -> None:
 
 
 def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Places near the `wanted` ones, at least `gap` apart and in their order, within `low` to `high` if there is
-    room. Neighbours that touch merge into a block centred on what they wanted."""
+    """Places near the `wanted` ones, at least `gap` apart and in their order, within `low` to `high` if
+    there is room. Neighbours that touch merge into a block centred on what they wanted."""
     order = sorted(range(len(wanted)), key=lambda i: wanted[i])
     blocks: list[list[int]] = []
 
@@ -219,7 +219,7 @@ def save(picture: Picture, folder: Path) -> str:
 
 
 def inline(svg: str, name: str, alt: str) -> str:
-    """An SVG file as a piece of a page: no prologue or addresses, ids of its own, colours as CSS variables."""
+    """An SVG file as a piece of a page: no prologue, ids of its own, colours as CSS variables."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(
         r"<metadata>.*?</metadata>|<!--.*?-->|<defs>\s*<style.*?</style>\s*</defs>", "", svg, flags=re.S

@@ -1,4 +1,4 @@
-"""Put the page together and write it: one HTML file that needs nothing else, its pictures and numbers beside it.
+"""Put the page together and write it: one HTML file that needs nothing else, pictures and numbers beside it.
 
     runs --arrange, group--> tables, words --draw--> pictures --fill in--> report.html, plots/, report.json
 
@@ -114,7 +114,7 @@ def _fill_in(runs: Sequence[Run], groups: Sequence[Group], sections: Sequence[st
     )
     what = f"{len(runs)} training runs" if len(runs) > 1 else runs[0].name
     return template.substitute(
-        title=escape(f"{what}, {' and '.join(presets[:3])}" if presets else what),
+        title=escape(f"{what} of {' and '.join(presets[:3])}" if presets and len(runs) > 1 else what),
         css=(files / "page.css").read_text(encoding="utf-8"),
         summary=escape(summarise(runs, groups)),
         sections="\n".join(section for section in sections if section),
@@ -131,8 +131,8 @@ def _results(runs: Sequence[Run], groups: Sequence[Group], look_of: Looks) -> st
             "runs",
             _head(COLUMNS),
             rows,
-            "Loss, perplexity and bits per byte are measured on the validation data; lower is better. Entropy is "
-            "that of the codes, at most the bit width. MB are 10^6 bytes.",
+            "Loss, perplexity and bits per byte are measured on the validation data; lower is better. Entropy "
+            "is that of the codes, at most the bit width. 1 MB is a million bytes.",
         ),
         _seeds([group for group in groups if len(group.runs) > 1]),
     ]
@@ -310,8 +310,8 @@ def _how_made(folders: Sequence[str], out: Path) -> str:
     return (
         f"{_section_start('How this page was made')}\n"
         f'<div class="card"><code>{escape(command)}</code></div>\n'
-        f'<p class="hint">With {escape(made)}. The numbers of the tables are in report.json beside this page, '
-        "every picture in plots/ as PNG and SVG.</p></section>"
+        f'<p class="hint">With {escape(made)}. The numbers of the tables are in report.json beside this '
+        "page, every picture in plots/ as PNG and SVG.</p></section>"
     )
 
 

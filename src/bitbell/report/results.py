@@ -46,7 +46,9 @@ COLUMNS = (
     ),
     Column("loss", "Validation loss", "nats/token", _number("loss"), formats.decimals(3)),
     Column("perplexity", "Perplexity", "", _number("perplexity"), formats.significant(3)),
-    Column("bits_per_byte", "Bits/ byte", "", _number("bits_per_byte"), formats.decimals(3)),
+    Column(
+        "bits_per_byte", "Bits/\N{ZERO WIDTH SPACE}byte", "", _number("bits_per_byte"), formats.decimals(3)
+    ),
     Column("weight_entropy", "Weight entropy", "bits", _number("weight_entropy"), formats.decimals(3)),
     Column(
         "activation_entropy", "Activation entropy", "bits", _number("activation_entropy"), formats.decimals(3)
@@ -86,6 +88,12 @@ class Group:
     def name_at_its_bits(self) -> str:
         """The name for a sentence that has said the bit width already."""
         return self.name.replace(f" {self.runs[0].bits}", "", 1)
+
+    @property
+    def can_be_ranked(self) -> bool:
+        """Some run is finished, and no finished run diverged: a mean over survivors would flatter."""
+        spread = self.spread("loss")
+        return spread is not None and spread.count == len(self.finished)
 
     @property
     def finished(self) -> list[Run]:
@@ -132,7 +140,7 @@ def best_of_each_width(groups: Sequence[Group]) -> list[tuple[Group, list[Group]
     arenas: dict[tuple[Any, ...], list[Group]] = {}
     for group in groups:
         first = group.runs[0]
-        if first.is_quantized and first.bits != "mixed" and group.spread("loss") is not None:
+        if first.is_quantized and first.bits != "mixed" and group.can_be_ranked:
             arenas.setdefault((first.bits, work(first)), []).append(group)
     ranked = [sorted(rivals, key=_mean_loss) for rivals in arenas.values() if len(rivals) > 1]
     return [(rivals[0], rivals[1:]) for rivals in ranked]
@@ -143,15 +151,13 @@ def full_precision_like(run: Run, groups: Sequence[Group]) -> Group | None:
     rivals = [
         group
         for group in groups
-        if not group.runs[0].is_quantized
-        and work(group.runs[0]) == work(run)
-        and group.spread("loss") is not None
+        if not group.runs[0].is_quantized and work(group.runs[0]) == work(run) and group.can_be_ranked
     ]
     return min(rivals, key=_mean_loss, default=None)
 
 
 def as_json(runs: Sequence[Run], groups: Sequence[Group]) -> dict[str, Any]:
-    """Every number of the tables as strict JSON: a number that is not finite becomes null, see `not_finite`."""
+    """Every number of the tables as strict JSON: numbers that are not finite are null, see `not_finite`."""
     winners = {run.name for group, _ in best_of_each_width(groups) for run in group.runs}
     return {
         "units": {column.key: column.unit for column in COLUMNS if column.unit and column.unit != "million"}

@@ -1,9 +1,9 @@
 """Read run folders.
 
 A run folder holds `config.json` (a flat object), `metrics.jsonl` (one event a line) and, once the run is
-finished, `summary.json`. A run without a summary is unfinished: what is known about it comes from its metrics.
-A killed run may leave its last metrics line torn, which is skipped and remembered; any other broken line is an
-error.
+finished, `summary.json`. A run without a summary is unfinished: what is known about it comes from its
+metrics. A killed run may leave its last metrics line torn, which is skipped and remembered; any other broken
+line is an error.
 """
 
 from __future__ import annotations

@@ -18,14 +18,13 @@ def summarise(runs: Sequence[Run], groups: Sequence[Group]) -> str:
         nothing = "None has finished with a finite validation loss yet, so there is nothing to rank."
         return f"{_what_ran(runs)} {nothing}"
     sentences = [_what_ran(runs)]
+    sentences += [f"{_start(g)}." for g in groups if not g.runs[0].is_quantized and g.spread("loss")]
     ranked = best_of_each_width(groups)
     ranks = {id(best): others for best, others in ranked}
     beaten = {id(other) for _, others in ranked for other in others}
     for group in groups:
         if group.runs[0].is_quantized and group.spread("loss") is not None and id(group) not in beaten:
             sentences.append(_tell(group, ranks.get(id(group), []), groups))
-    if not any(group.runs[0].is_quantized for group in groups):
-        sentences += [f"{_start(group)}." for group in groups if group.spread("loss") is not None]
     return " ".join([*sentences, _caveat(groups)])
 
 
@@ -39,6 +38,10 @@ def notes(runs: Sequence[Run], groups: Sequence[Group]) -> list[str]:
     for run in runs:
         found += _notes_of(run)
     for group in groups:
+        spread = group.spread("loss")
+        if group.finished and (spread is None or spread.count < len(group.finished)):
+            lost = len(group.finished) - (spread.count if spread else 0)
+            found.append(f"{group.name}: {lost} finished without a finite validation loss; it is not ranked.")
         missing = len(group.runs) - len(group.finished)
         if len(group.runs) > 1 and missing:
             found.append(
@@ -62,11 +65,7 @@ def _what_ran(runs: Sequence[Run]) -> str:
     unfinished = sum(not run.is_finished for run in runs)
     count = f"{len(runs)} run{'s' * (len(runs) != 1)}"
     if unfinished:
-        count += (
-            f", {unfinished} of them unfinished"
-            if unfinished < len(runs) or len(runs) > 1
-            else ", unfinished"
-        )
+        count += f" ({unfinished} unfinished)" if len(runs) > 1 else " (unfinished)"
     details = []
     config = runs[0].config
     if len({work(run) for run in runs}) == 1:
@@ -91,7 +90,7 @@ def _length(config: dict[str, object]) -> list[str]:
 def _tell(group: Group, rivals: list[Group], groups: Sequence[Group]) -> str:
     """One sentence on a group that leads its bit width, or is alone there, and one on its size."""
     details = [*_tell_rival(group, rivals), *_tell_gap(group, groups)]
-    return f"{_start(group, bool(rivals))}{''.join(details)}.{_tell_size(group)}"
+    return f"{_start(group, bool(rivals))}{' and'.join(details)}.{_tell_size(group)}"
 
 
 def _start(group: Group, is_best: bool = False) -> str:
@@ -114,7 +113,8 @@ def _tell_rival(group: Group, rivals: list[Group]) -> list[str]:
     if mine is None or theirs is None:
         return []
     gap = theirs.mean - mine.mean
-    text = f", {loss_text(gap)} below {rivals[0].name_at_its_bits}"
+    name = rivals[0].name_at_its_bits
+    text = f", {loss_text(gap)} below {name}" if gap >= 0.0005 else f", level with {name}"
     if mine.deviation is None or theirs.deviation is None:
         return [text]
     is_clear = gap > math.hypot(mine.deviation, theirs.deviation)
@@ -128,10 +128,10 @@ def _tell_gap(group: Group, groups: Sequence[Group]) -> list[str]:
         return []
     gap = mine.mean - theirs.mean
     if gap >= 0:
-        return [f"; full precision reached {with_spread(theirs)} with the same work, {loss_text(gap)} lower"]
+        return [f", {loss_text(gap)} above full precision after the same work"]
     return [
-        f"; full precision reached {with_spread(theirs)} with the same work, {loss_text(-gap)} higher, which "
-        "was measured at this length of training and does not show that fewer bits are better in general"
+        f", {loss_text(-gap)} below full precision after the same work (measured at this length of training, "
+        "which does not show that fewer bits are better in general)"
     ]
 
 

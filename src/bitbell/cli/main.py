@@ -1,0 +1,88 @@
+"""The command `bitbell`: a table of verbs, each a typed function whose arguments are its flags.
+
+Heavy packages are imported by the verb that needs them, so that `bitbell --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+# Verb -> where it lives, and what it does in one line.
+VERBS: dict[str, tuple[str, str]] = {
+    "demo": ("demo:demo", "train full precision, BBQ, QuEST and LSQ side by side, pack, generate, report"),
+    "tokenize": ("commands:tokenize", "text -> a token data set"),
+    "train": ("commands:train", "a data set -> a run: train, or continue, a model"),
+    "evaluate": ("commands:evaluate", "loss, perplexity, bits per byte and code entropy of a run or a packed model"),
+    "pack": ("commands:pack", "a run -> a packed model in its true bits"),
+    "verify": ("commands:verify", "prove that a run and its packed model compute the same"),
+    "generate": ("commands:generate", "text from a packed model or a run"),
+    "report": ("commands:report", "runs -> one HTML page with pictures"),
+    "info": ("commands:info", "versions, hardware and the kernels in use"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `bitbell VERB ...`; return the exit status (1: it failed, 2: wrong usage, 130: interrupted)."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if arguments[0] == "--version":
+        import bitbell
+
+        print(f"bitbell {bitbell.__version__}")
+        return 0
+    verb, rest = arguments[0], arguments[1:]
+    if verb not in VERBS:
+        close = difflib.get_close_matches(verb, VERBS, n=1)
+        print(f"bitbell: unknown command {verb!r}.{f' Did you mean {close[0]!r}?' if close else ''}", file=sys.stderr)
+        print(usage(), file=sys.stderr)
+        return 2
+    return _run(verb, rest)
+
+
+def usage() -> str:
+    """The help screen."""
+    lines = [f"  {verb:<10} {what}" for verb, (_, what) in VERBS.items()]
+    return "\n".join(
+        [
+            "bitbell trains neural networks in 1 to 4 bits, and runs them in those bits.",
+            "",
+            "usage: bitbell COMMAND [arguments]        bitbell COMMAND --help tells more",
+            "",
+            *lines,
+        ]
+    )
+
+
+def _run(verb: str, arguments: list[str]) -> int:
+    module, function = VERBS[verb][0].split(":")
+    import tyro
+
+    from bitbell.cli.configuration import take_config_file
+
+    try:
+        command = getattr(import_module(f"bitbell.cli.{module}"), function)
+        if verb == "train":
+            status = command(take_config_file(arguments))
+        else:
+            status = tyro.cli(command, prog=f"bitbell {verb}", args=arguments)
+    except KeyboardInterrupt:
+        print("bitbell: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, RuntimeError, AssertionError, ImportError) as error:
+        if not _is_for_the_user(error):
+            raise
+        print(f"bitbell {verb}: {error}", file=sys.stderr)
+        return 1
+    return int(status or 0)
+
+
+def _is_for_the_user(error: Exception) -> bool:
+    """Whether the message alone says what to do; a bug of ours deserves its traceback."""
+    if isinstance(error, (ValueError, OSError)):
+        return True
+    return type(error).__name__ in ("TrainingDiverged", "VerificationError") or "bitbell[" in str(error)

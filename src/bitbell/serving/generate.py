@@ -1,0 +1,97 @@
+"""Text from a packed (or trained) causal language model, one token at a time over a key-value cache."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from bitbell.data import TextTokenizer
+
+
+@dataclass(frozen=True)
+class Generation:
+    """prompt and the text that follows it; how many tokens were made, and in how many seconds (the prompt's pass included)."""
+
+    prompt: str
+    text: str
+    tokens: int
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / max(self.seconds, 1e-9)
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    tokenizer: TextTokenizer,
+    prompt: str,
+    *,
+    max_new_tokens: int = 100,
+    temperature: float = 0.8,
+    top_k: int | None = 50,
+    top_p: float | None = None,
+    seed: int = 0,
+) -> Generation:
+    """Continue `prompt`. temperature 0 is greedy; top_k and top_p cut the choice (None: no cut); one seed gives one text.
+
+    Raises ValueError for an empty prompt, for settings out of range, and for more tokens than the model has positions.
+    """
+    _check_sampling(max_new_tokens, temperature, top_k, top_p)
+    ids = tokenizer.encode(prompt)
+    if not ids:
+        raise ValueError("the prompt is empty; give at least one character")
+    inner: Any = getattr(model, "model", model) if not hasattr(model, "generation_config") else model
+    positions = inner.config.max_position_embeddings
+    if len(ids) + max_new_tokens > positions:
+        raise ValueError(
+            f"the prompt's {len(ids)} tokens and max_new_tokens={max_new_tokens} exceed the model's {positions} positions"
+        )
+    sampling: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k or 0, "top_p": top_p or 1.0}
+    device = next(inner.parameters()).device
+    prompt_ids = torch.tensor([ids], device=device)
+    begun = time.perf_counter()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        out = inner.generate(
+            input_ids=prompt_ids,
+            attention_mask=torch.ones_like(prompt_ids),
+            max_new_tokens=max_new_tokens,
+            use_cache=True,
+            eos_token_id=tokenizer.end_of_text,
+            pad_token_id=tokenizer.end_of_text,
+            **sampling,
+        )
+    seconds = time.perf_counter() - begun
+    new = out[0, len(ids) :].tolist()
+    text = tokenizer.decode([token for token in new if token != tokenizer.end_of_text])
+    return Generation(prompt, text, len(new), seconds)
+
+
+def _check_sampling(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature must be 0 (greedy) or more, got {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1 or None, got {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, or None, got {top_p}")
+
+
+def load_tokenizer_of(directory: str | Path) -> TextTokenizer:
+    """The tokenizer that travels with a run or a packed model. Raises ValueError where there is none."""
+    from bitbell.data import load_tokenizer
+
+    if not (Path(directory) / "tokenizer.json").is_file():
+        raise ValueError(f"{directory} has no tokenizer.json, so text cannot be turned into its tokens")
+    return load_tokenizer(str(directory))
