@@ -23,6 +23,18 @@ def test_labels_keep_their_gap_and_their_order_and_stay_inside(wanted):
     assert max(placed) <= 100 + 1e-9
 
 
+def test_a_label_stands_at_the_height_of_its_point():
+    with drawing.drawing_rules():
+        figure, axes = drawing.new_chart(["a", "b"], "x", "y")
+        axes.plot([0, 1], [50, 70])
+        axes.plot([0, 1], [900, 300])
+        drawing.label_at_right(axes, [drawing.Label("a", 1, 70, "red"), drawing.Label("b", 1, 300, "red")])
+        figure.canvas.draw()
+        heights = {text.get_text(): text.get_position()[1] * figure.bbox.height for text in figure.texts}
+        for name, value in (("a", 70), ("b", 300)):
+            assert heights[name] == pytest.approx(axes.transData.transform((1, value))[1])
+
+
 def test_labels_with_room_stay_where_they_belong():
     assert drawing.spread([10.0, 90.0, 50.0], 8.0, 0.0, 100.0) == [10.0, 90.0, 50.0]
 

@@ -88,12 +88,14 @@ def test_the_summary_says_what_was_measured(make_run):
         make_run("full", method=None, summary={"loss": 3.3, "perplexity": 27.1}),
     )
     assert summarise(runs, groups) == (
-        "3 runs of the preset tiny on data/book for 300 steps of 16 x 256 tokens (1.23 million tokens). "
+        "3 runs of the preset tiny on book for 300 steps of 16 x 256 tokens (1.23 million tokens). "
         "Full precision reached a validation loss of 3.300 nats per token (perplexity 27.1) after 300 steps. "
-        "With 2-bit weights and activations (W2A2), BBQ reached the lowest validation loss: 3.470 nats per token "
-        "(perplexity 32.1) after 300 steps, 0.080 below QuEST and 0.170 above full precision after the same work. "
+        "With 2-bit weights and activations (W2A2), BBQ reached the lowest validation loss: 3.470 "
+        "nats per token (perplexity 32.1) after 300 steps, 0.080 below QuEST and 0.170 above full precision "
+        "after the same work. "
         "Packed, it takes 3.23 MB instead of 15.6 MB. "
-        "Each setting ran with one seed, so small differences may be chance; these numbers hold for these runs only."
+        "Each setting ran with one seed, so small differences may be chance; these numbers hold for these "
+        "runs only."
     )
 
 
@@ -123,6 +125,22 @@ def test_the_gap_between_methods_is_held_against_the_scatter_of_the_seeds(make_r
         for seed in (0, 1)
     ]
     assert f"({words} the scatter of the seeds)" in summarise(*read(*folders))
+
+
+def test_accumulated_batches_and_the_datas_fingerprint_count_as_work(make_run):
+    same = {"data_fingerprint": "abc", "accumulation": 4}
+    runs, groups = read(
+        make_run("bbq", config=same | {"data": "here"}),
+        make_run("lsq", method="lsq", config=same | {"data": "there"}),
+    )
+    assert len(best_of_each_width(groups)) == 1
+    assert "300 steps of 64 x 256 tokens (4.92 million tokens)" in summarise(runs, groups)
+    _, groups = read(
+        make_run("bbq1", config={"data_fingerprint": "abc"}),
+        make_run("lsq1", method="lsq", config={"data_fingerprint": "def"}),
+        make_run("lsq2", method="lsq", config={"data_fingerprint": "ghi", "accumulation": 2}),
+    )
+    assert best_of_each_width(groups) == []
 
 
 def test_nothing_finished_means_nothing_to_rank(make_run):

@@ -48,6 +48,13 @@ def test_activations_left_alone_count_as_sixteen_bits(make_run):
     assert run.bits == "W4A16"
 
 
+def test_a_recipe_called_none_is_full_precision_unless_rules_replace_it(make_run):
+    plain = read_run(make_run("a", finished=False, config={"recipe": "none", "rules": {}}))
+    assert (plain.method, plain.bits) == (None, "full")
+    rules = read_run(make_run("b", finished=False, config={"recipe": "none", "rules": {"*": "bbq-w2a2"}}))
+    assert (rules.method, rules.bits) == ("mixed", "mixed")
+
+
 @pytest.mark.parametrize("recipe", [{"*": "bbq-w2a2", "lm_head": None}, "my own recipe"])
 def test_a_recipe_that_names_no_bits_is_mixed(make_run, recipe):
     run = read_run(make_run("a", finished=False, config={"recipe": recipe}))
@@ -173,7 +180,7 @@ def test_none_one_string_and_the_same_folder_twice_are_refused(make_run):
     folder = make_run("a")
     with pytest.raises(ValueError, match="no run folder given"):
         read_runs([])
-    with pytest.raises(ValueError, match="is one path. Give a list"):
+    with pytest.raises(ValueError, match=r"is one path\. Give a list"):
         read_runs(str(folder))
     with pytest.raises(ValueError, match="given 2 times"):
         read_runs([folder, str(folder) + "/."])

@@ -47,7 +47,7 @@ class _IntegerLinear(torch.autograd.Function):
         ctx.x_zero_point, ctx.w_zero_point, ctx.dtype = x_zero_point, w_zero_point, dtype
         ctx.x_dtype, ctx.w_dtype = x_values.dtype, w_values.dtype
         with torch.autocast(x_codes.device.type, enabled=False):
-            total = (x_codes.to(dtype) - x_zero_point) @ (w_codes.to(dtype) - w_zero_point).T
+            total = _levels(x_codes, x_zero_point, dtype) @ _levels(w_codes, w_zero_point, dtype).T
         return (total * w_step.reshape(1, -1) * x_step).to(dtype)
 
     @staticmethod
@@ -56,9 +56,14 @@ class _IntegerLinear(torch.autograd.Function):
         g = g.to(ctx.dtype)
         grad_x = grad_w = None
         if ctx.needs_input_grad[0]:
-            w = (w_codes.to(ctx.dtype) - ctx.w_zero_point) * w_step.to(ctx.dtype)
+            w = _levels(w_codes, ctx.w_zero_point, ctx.dtype).mul_(w_step.to(ctx.dtype))
             grad_x = (g @ w).to(ctx.x_dtype)
         if ctx.needs_input_grad[1]:
-            x = (x_codes.to(ctx.dtype) - ctx.x_zero_point) * x_step.to(ctx.dtype)
+            x = _levels(x_codes, ctx.x_zero_point, ctx.dtype).mul_(x_step.to(ctx.dtype))
             grad_w = (g.flatten(0, -2).T @ x.flatten(0, -2)).to(ctx.w_dtype)
         return grad_x, grad_w, *[None] * 7
+
+
+def _levels(codes: Tensor, zero_point: float, dtype: torch.dtype) -> Tensor:
+    levels = codes.to(dtype)
+    return levels.sub_(zero_point) if zero_point else levels

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from bitbell.kernels import ROTATION_BLOCK, rotate
-from bitbell.quantizers.base import Quantized, Quantizer, normal_cdf, normal_pdf, sum_to, wide
+from bitbell.quantizers.base import Quantized, Quantizer, sum_to, wide
 
 INITIAL_SCALE = 1.694  # times the RMS; the published code's constant (the limit for many bits is 3 / sqrt(pi) = 1.6926)
 RUNNING_DECAY = 0.99  # of BBQ-Fast's running average of 1 / RMS
@@ -98,13 +98,18 @@ def _paper_zero_point(bits: int) -> float:
 
 def _inverse_rms(h: Tensor, group: str) -> Tensor:
     """1 / RMS over the group: shape (1,) for the whole tensor, (..., 1) over the last dimension."""
-    square = h.square()
-    mean = square.mean(-1, keepdim=True) if group in ("row", "token") else square.mean().reshape(1)
-    return mean.sqrt().clamp_min(SMALLEST_RMS).reciprocal()
+    if group in ("row", "token"):
+        norm, count = torch.linalg.vector_norm(h, dim=-1, keepdim=True), h.shape[-1]
+    else:
+        norm, count = torch.linalg.vector_norm(h).reshape(1), h.numel()
+    return (norm * max(count, 1) ** -0.5).clamp_min(SMALLEST_RMS).reciprocal()
 
 
 class _BellBox(torch.autograd.Function):
-    """The formulas above. Keeps `x` and the codes (int8) for the backward pass and recomputes the rest from them."""
+    """The formulas above. Keeps `x` and the codes (int8) for the backward pass and recomputes the rest from them.
+
+    Works in place on tensors of its own: in eager mode the passes over memory, not the arithmetic, are what it costs.
+    """
 
     @staticmethod
     def forward(
@@ -119,38 +124,40 @@ class _BellBox(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         h = rotate(wide(x), rotation)
         inverse_rms = _inverse_rms(h, group) if frozen_inverse_rms is None else frozen_inverse_rms.to(h.dtype)
-        n = 2**bits
-        place = normal_cdf(h * inverse_rms)
-        # round() breaks ties to even, so a saturated place of exactly 1 would give n without the clip.
-        code = (place * n - 0.5).round().clamp(0, n - 1) - n // 2
+        half = 2 ** (bits - 1)
+        # n Phi(v) - 1/2 = n/2 erf(v / sqrt(2)) + (n - 1)/2
+        place = (h * (inverse_rms * math.sqrt(0.5))).erf_().mul_(half).add_(half - 0.5)
+        # round() breaks ties to even, so a saturated place of exactly n - 1/2 would give n without the clip.
+        code = place.round_().clamp_(0, 2 * half - 1).sub_(half)
         codes = code.to(torch.int8)
         # Statistics of x carry its NaN into the step; a frozen RMS has seen nothing of x.
-        trace_of_nan = 0 * (inverse_rms if frozen_inverse_rms is None else place.sum())
-        step = scale.to(h.dtype) / 2 ** (bits - 1) + trace_of_nan
+        trace_of_nan = 0 * (inverse_rms if frozen_inverse_rms is None else code.sum())
+        step = scale.to(h.dtype) / half + trace_of_nan
         ctx.save_for_backward(x, scale, codes, inverse_rms)
         ctx.group = None if frozen_inverse_rms is not None else group
         ctx.bits, ctx.zero_point, ctx.rotation = bits, zero_point, rotation
         ctx.mark_non_differentiable(codes, step, inverse_rms)
-        return (code - zero_point) * step, codes, step, inverse_rms
+        return code.sub_(zero_point).mul_(step), codes, step, inverse_rms
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, codes, inverse_rms = ctx.saved_tensors
         grad_x = grad_scale = None
         if ctx.needs_input_grad[1]:
-            levels = codes.to(g.dtype) - ctx.zero_point
+            levels = codes.to(g.dtype).sub_(ctx.zero_point)
             damping = 2.0 ** (1 - ctx.bits) / math.sqrt(max(x.numel(), 1))
-            grad_scale = (sum_to(g * levels, scale) * damping).to(scale.dtype)
+            grad_scale = (sum_to(levels.mul_(g), scale) * damping).to(scale.dtype)
         if ctx.needs_input_grad[0]:
             v = rotate(wide(x), ctx.rotation) * inverse_rms
-            u = 2 * scale.to(v.dtype) * normal_pdf(v) * g
-            grad_x = rotate(inverse_rms * _remove_radial_part(u, v, ctx.group), ctx.rotation).to(x.dtype)
+            u = v.square().mul_(-0.5).exp_().mul_(g).mul_(scale.to(v.dtype) * inverse_rms * math.sqrt(2 / math.pi))
+            grad_x = rotate(_remove_radial_part(u, v, ctx.group), ctx.rotation).to(x.dtype)
         return grad_x, grad_scale, None, None, None, None, None
 
 
 def _remove_radial_part(u: Tensor, v: Tensor, group: str | None) -> Tensor:
-    """u - v mean(u v): the gradient through the RMS. A frozen RMS (None) has none."""
+    """u - v mean(u v), in place: the gradient through the RMS. A frozen RMS (None) has none."""
     if group is None:
         return u
-    radial = u * v
-    return u - v * (radial.mean(-1, keepdim=True) if group in ("row", "token") else radial.mean())
+    if group in ("row", "token"):
+        return u.addcmul_(v, torch.linalg.vecdot(u, v).unsqueeze(-1) / max(v.shape[-1], 1), value=-1)
+    return u.addcmul_(v, torch.dot(u.flatten(), v.flatten()) / max(v.numel(), 1), value=-1)

@@ -6,7 +6,7 @@ Each function draws one picture for all runs, or returns None where no run has a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -174,7 +174,7 @@ def smooth(values: NDArray[Any]) -> NDArray[Any]:
 
 
 def layer_bands(events: Sequence[Event], key: str) -> tuple[NDArray[Any], ...]:
-    """Steps, and mean, lowest and highest of `key` over the layers at each. Layers without it do not count."""
+    """Steps, and mean, lowest and highest of `key` over layers at each; others do not count."""
     rows = []
     for event in events:
         values = [value for layer in event.get("layers", {}).values() if finite(value := layer.get(key))]
@@ -206,7 +206,7 @@ def _thin_band(*band: NDArray[Any]) -> list[NDArray[Any]]:
     if len(band[0]) <= MOST_POINTS:
         return list(band)
     stretches = np.array_split(np.arange(len(band[0])), MOST_POINTS)
-    rules = (np.max, np.mean, np.min, np.max)
+    rules: list[Callable[..., Any]] = [np.max, np.mean, np.min, np.max]
     return [
         np.array([rule(values[stretch]) for stretch in stretches])
         for rule, values in zip(rules, band, strict=True)
@@ -283,6 +283,7 @@ def _frame_points(axes: Axes, points: Sequence[tuple[float, float]]) -> None:
 
 def _label_beside(axes: Axes, labels: Sequence[Label]) -> None:
     """Names to the right of points in the left half, to the left of those in the right half, moved apart."""
+    _ = axes.get_xlim(), axes.get_ylim()  # settles the limits
     box = axes.get_window_extent()
     where = [axes.transData.transform((label.x, label.y)) for label in labels]
     sides = [x < (box.x0 + box.x1) / 2 for x, _ in where]

@@ -34,14 +34,15 @@ LABEL_SIZE = 7.5
 INK, MUTED, GRID, CARD = "#1b2026", "#5d6672", "#e3e6ea", "#ffffff"
 # Okabe and Ito's hues, each at least 3 : 1 against white; page.css holds their counterparts for the dark.
 COLOURS = ("#0072b2", "#c84e00", "#008060", "#ad4f8d", "#b97f00", "#3d94cc")
-LESS, MORE = "#2a62a8", "#b35a00"  # the two ends of a diverging map: blue and orange differ for every eye
+LESS, MORE = (
+    "#2a62a8",
+    "#b35a00",
+)  # the two ends of a diverging map: blue and orange differ for every eye; never recoloured
 VARIABLES = {
     INK: "--ink",
     MUTED: "--muted",
     GRID: "--grid",
     CARD: "--card",
-    LESS: "--less",
-    MORE: "--more",
 } | {colour: f"--run-{i}" for i, colour in enumerate(COLOURS)}
 DASHES: tuple[Any, ...] = ("solid", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.2, 1.5)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
@@ -164,6 +165,7 @@ def label_at_right(axes: Axes, labels: Sequence[Label]) -> None:
     if not labels:
         return
     figure = axes.figure
+    _ = axes.get_xlim(), axes.get_ylim()  # settles the limits: transData alone would answer with stale ones
     box = axes.get_window_extent()
     heights = [axes.transData.transform((label.x, label.y))[1] for label in labels]
     gap = min(LABEL_SIZE * 1.25, (box.height + 16) / max(1, len(labels)))

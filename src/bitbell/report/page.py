@@ -131,8 +131,8 @@ def _results(runs: Sequence[Run], groups: Sequence[Group], look_of: Looks) -> st
             "runs",
             _head(COLUMNS),
             rows,
-            "Loss, perplexity and bits per byte are measured on the validation data; lower is better. Entropy "
-            "is that of the codes, at most the bit width. 1 MB is a million bytes.",
+            "Loss, perplexity and bits per byte are measured on the validation data; lower is better. "
+            "Entropy is that of the codes, at most the bit width. 1 MB is a million bytes.",
         ),
         _seeds([group for group in groups if len(group.runs) > 1]),
     ]
@@ -212,26 +212,28 @@ def _pictures(title: str, drawn: Sequence[Drawn]) -> str:
     if not drawn:
         nothing = '<p class="hint">The runs have logged nothing that could be drawn yet.</p>'
         return f"{_section_start(title)}\n{nothing}</section>"
-    return f"{_section_start(title)}\n{_grid(drawn, str)}\n</section>"
+    return f"{_section_start(title)}\n{_grid(drawn, {})}\n</section>"
 
 
 def _codes_section(drawn: Sequence[Drawn], look_of: Looks) -> str:
     if not drawn:
         return ""
-    heading: Callable[[str], str] = lambda name: _key(look_of[name]) + name  # noqa: E731
-    parts = [_section_start("How often each code is used"), _grid(drawn[:OPEN_HISTOGRAMS], heading)]
+    parts = [_section_start("How often each code is used"), _grid(drawn[:OPEN_HISTOGRAMS], look_of)]
     rest = drawn[OPEN_HISTOGRAMS:]
     if rest:
-        parts.append(f"<details><summary>{len(rest)} more runs</summary>{_grid(rest, heading)}</details>")
+        parts.append(f"<details><summary>{len(rest)} more runs</summary>{_grid(rest, look_of)}</details>")
     return "\n".join([*parts, "</section>"])
 
 
-def _grid(drawn: Sequence[Drawn], heading: Callable[[str], str]) -> str:
-    figures = [
-        f'<figure class="card"><h3>{heading(escape(d.picture.title))}</h3>\n{d.svg}\n'
-        f"<figcaption>{escape(d.picture.caption)}</figcaption></figure>"
-        for d in drawn
-    ]
+def _grid(drawn: Sequence[Drawn], look_of: Looks) -> str:
+    """Pictures side by side; a title that is a run's name gets the run's key."""
+    figures = []
+    for title, picture, svg in ((d.picture.title, d.picture, d.svg) for d in drawn):
+        key = _key(look_of[title]) if title in look_of else ""
+        figures.append(
+            f'<figure class="card"><h3>{key}{escape(title)}</h3>\n{svg}\n'
+            f"<figcaption>{escape(picture.caption)}</figcaption></figure>"
+        )
     return f'<div class="pictures">\n{"".join(figures)}</div>'
 
 

@@ -17,9 +17,9 @@ from typing import Any
 from bitbell.report import formats
 from bitbell.report.runs import Run, finite
 
-WORK = ("preset", "data", "steps", "batch_size", "sequence_length")
+WORK = ("preset", "data", "steps", "batch_size", "accumulation", "sequence_length")
 # These say where a run lives or what it is called, not what it computes.
-NO_SETTING = frozenset({"seed", "name", "out", "run", "resume"})
+NO_SETTING = frozenset({"seed", "name", "out", "run", "resume", "stop_after"})
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,8 @@ class Group:
 
     def spread(self, key: str) -> Spread | None:
         """Over the finished runs; None where none of them knows a finite `key`."""
-        values = [value for run in self.finished if finite(value := run.number(key))]
+        known = [run.number(key) for run in self.finished]
+        values = [value for value in known if value is not None and finite(value)]
         if not values:
             return None
         return Spread(
@@ -111,7 +112,10 @@ class Group:
 
 def work(run: Run) -> tuple[str, ...]:
     """What a run had to do: runs are comparable when this is equal."""
-    return tuple(json.dumps(run.config.get(key), sort_keys=True) for key in WORK)
+    config = run.config
+    if config.get("data_fingerprint") is not None:  # the same data may lie in two places, or change in one
+        config = {**config, "data": config["data_fingerprint"]}
+    return tuple(json.dumps(config.get(key), sort_keys=True) for key in WORK)
 
 
 def arrange(runs: Sequence[Run]) -> list[Run]:

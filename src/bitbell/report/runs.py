@@ -55,7 +55,7 @@ class Run:
         """Name of the quantization method, or None for full precision."""
         if self.summary is not None and "method" in self.summary:
             return self.summary["method"]
-        recipe = self.config.get("recipe")
+        recipe = _planned_recipe(self.config)
         match = _match_recipe(recipe)
         return match["method"] if match else "mixed" if recipe else None
 
@@ -107,7 +107,7 @@ class Run:
     def _bits(self, key: str, part: str) -> float | None:
         if self.summary is not None and key in self.summary:
             return self.summary[key]
-        match = _match_recipe(self.config.get("recipe"))
+        match = _match_recipe(_planned_recipe(self.config))
         return int(match[part]) if match else None
 
 
@@ -254,6 +254,12 @@ def _check_numbers(values: dict[str, Any], keys: Sequence[str], where: str) -> N
         value = values.get(key)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise ValueError(f"{where}: {key}={value!r:.60}, but it must be a number or null.")
+
+
+def _planned_recipe(config: dict[str, Any]) -> Any:
+    """What the configuration quantizes with: its rules if it has any, else its recipe; None for nothing."""
+    recipe = config.get("rules") or config.get("recipe")
+    return None if recipe == "none" else recipe
 
 
 def _match_recipe(recipe: Any) -> re.Match[str] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from bitbell.report import formats
 from bitbell.report.results import WORK, Group, Spread, best_of_each_width, full_precision_like, work
@@ -72,7 +73,7 @@ def _what_ran(runs: Sequence[Run]) -> str:
         if config.get("preset") is not None:
             details.append(f"of the preset {formats.plain(config['preset'])}")
         if config.get("data") is not None:
-            details.append(f"on {formats.plain(config['data'])}")
+            details.append(f"on {Path(formats.plain(config['data'])).name}")
         details += _length(config)
     return " ".join([count, *details]) + "."
 
@@ -83,6 +84,9 @@ def _length(config: dict[str, object]) -> list[str]:
         return []
     if not isinstance(batch, int) or not isinstance(length, int):
         return [f"for {formats.count(steps)} steps"]
+    accumulation = config.get("accumulation")
+    if isinstance(accumulation, int):
+        batch *= accumulation
     tokens = formats.millions(steps * batch * length)
     return [f"for {formats.count(steps)} steps of {batch} x {length} tokens ({tokens} million tokens)"]
 
@@ -90,7 +94,8 @@ def _length(config: dict[str, object]) -> list[str]:
 def _tell(group: Group, rivals: list[Group], groups: Sequence[Group]) -> str:
     """One sentence on a group that leads its bit width, or is alone there, and one on its size."""
     details = [*_tell_rival(group, rivals), *_tell_gap(group, groups)]
-    return f"{_start(group, bool(rivals))}{' and'.join(details)}.{_tell_size(group)}"
+    distances = f", {' and '.join(details)}" if details else ""
+    return f"{_start(group, bool(rivals))}{distances}.{_tell_size(group)}"
 
 
 def _start(group: Group, is_best: bool = False) -> str:
@@ -114,7 +119,7 @@ def _tell_rival(group: Group, rivals: list[Group]) -> list[str]:
         return []
     gap = theirs.mean - mine.mean
     name = rivals[0].name_at_its_bits
-    text = f", {loss_text(gap)} below {name}" if gap >= 0.0005 else f", level with {name}"
+    text = f"{loss_text(gap)} below {name}" if gap >= 0.0005 else f"level with {name}"
     if mine.deviation is None or theirs.deviation is None:
         return [text]
     is_clear = gap > math.hypot(mine.deviation, theirs.deviation)
@@ -128,9 +133,9 @@ def _tell_gap(group: Group, groups: Sequence[Group]) -> list[str]:
         return []
     gap = mine.mean - theirs.mean
     if gap >= 0:
-        return [f", {loss_text(gap)} above full precision after the same work"]
+        return [f"{loss_text(gap)} above full precision after the same work"]
     return [
-        f", {loss_text(-gap)} below full precision after the same work (measured at this length of training, "
+        f"{loss_text(-gap)} below full precision after the same work (measured at this length of training, "
         "which does not show that fewer bits are better in general)"
     ]
 
