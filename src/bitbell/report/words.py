@@ -158,6 +158,8 @@ def _width(run: Run) -> str:
 
 
 def _caveat(groups: Sequence[Group]) -> str:
+    if len(groups) == 1 and len(groups[0].runs) == 1:
+        return "This is one run with one seed; the numbers hold for it only."
     if all(len(group.finished) < 2 for group in groups):
         one = "Each setting ran with one seed, so small differences may be chance"
         return f"{one}; these numbers hold for these runs only."
