@@ -51,7 +51,10 @@ def hadamard(block: int, *, dtype: torch.dtype = torch.float32, device: torch.de
     return (1 - 2 * (parity & 1)).to(dtype) * block**-0.5
 
 
-_cached_hadamard = lru_cache(maxsize=32)(hadamard)
+@lru_cache(maxsize=32)
+def _cached_hadamard(block: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # an inference tensor in the cache would fail the next backward pass
+        return hadamard(block, dtype=dtype, device=device)
 
 
 def rotate(x: Tensor, block: int | None) -> Tensor:
@@ -67,9 +70,12 @@ def rotate(x: Tensor, block: int | None) -> Tensor:
             f"cannot rotate a last dimension of {x.shape[-1]} in blocks of {block}: the block must divide it. "
             f"Use rotation={_suggest(x.shape[-1])}"
         )
-    # The compiler builds the matrix inside the graph; caching there would only leave a graph input behind.
-    build = hadamard if torch.compiler.is_compiling() else _cached_hadamard
-    matrix = build(block, dtype=x.dtype, device=x.device)
+    # The compiler builds the matrix inside the graph; caching there would only leave a graph input behind. Nor may the
+    # cache keep a matrix made for a tensor subclass: under FakeTensorMode it would be fake itself.
+    if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
+        matrix = hadamard(block, dtype=x.dtype, device=x.device)
+    else:
+        matrix = _cached_hadamard(block, x.dtype, x.device)
     # Autocast would round the rotated values to its narrow type, and codes near a threshold with them.
     with torch.autocast(x.device.type, enabled=False):
         return (x.reshape(-1, block) @ matrix).reshape(x.shape)
@@ -105,11 +111,12 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     rows, columns = codes.shape
     stream = (codes[:, :, None] >> torch.arange(bits, dtype=torch.uint8, device=codes.device)) & 1
     stream = stream.reshape(rows, columns * bits)
-    stream = torch.nn.functional.pad(stream, (0, packed_words(columns, bits) * 32 - columns * bits))
+    words = packed_words(columns, bits)
+    stream = torch.nn.functional.pad(stream, (0, words * 32 - columns * bits))
     place = 1 << torch.arange(8, dtype=torch.uint8, device=codes.device)
-    octets = (stream.reshape(rows, -1, 8) * place).sum(-1, dtype=torch.int32)
+    octets = (stream.reshape(rows, words * 4, 8) * place).sum(-1, dtype=torch.int32)
     shift = 8 * torch.arange(4, dtype=torch.int32, device=codes.device)
-    return (octets.reshape(rows, -1, 4) << shift).sum(-1, dtype=torch.int32)
+    return (octets.reshape(rows, words, 4) << shift).sum(-1, dtype=torch.int32)
 
 
 @pack_codes.register_fake
@@ -128,7 +135,7 @@ def unpack_codes(words: Tensor, bits: int, columns: int) -> Tensor:
         )
     rows = words.shape[0]
     shift = torch.arange(32, dtype=torch.int32, device=words.device)
-    stream = ((words[:, :, None] >> shift) & 1).to(torch.uint8).reshape(rows, -1)[:, : columns * bits]
+    stream = ((words[:, :, None] >> shift) & 1).to(torch.uint8).reshape(rows, words.shape[1] * 32)[:, : columns * bits]
     place = 1 << torch.arange(bits, dtype=torch.uint8, device=words.device)
     return (stream.reshape(rows, columns, bits) * place).sum(-1, dtype=torch.uint8)
 
@@ -142,7 +149,7 @@ def _(words: Tensor, bits: int, columns: int) -> Tensor:
 def integer_product(a: Tensor, b: Tensor) -> Tensor:
     """The exact product a (M, K) int8 times b (N, K) int8 transposed, accumulated in int32, shape (M, N).
 
-    K may be at most 2**17, so that the sum cannot overflow.
+    K must be below 2**17, so that the sum cannot overflow.
     """
     _check_operands(a, b)
     return (a.to(torch.int32) @ b.to(torch.int32).T).contiguous()
@@ -178,9 +185,9 @@ def _has_vnni() -> bool:
 def _check_operands(a: Tensor, b: Tensor) -> None:
     if a.dtype != torch.int8 or b.dtype != torch.int8 or a.dim() != 2 or b.dim() != 2:
         raise ValueError(f"integer_product takes two int8 matrices, got {a.dtype} {tuple(a.shape)} and {b.dtype} {tuple(b.shape)}")
-    if a.shape[1] != b.shape[1] or a.shape[1] > 1 << 17:
+    if a.shape[1] != b.shape[1] or a.shape[1] >= 1 << 17:
         raise ValueError(
-            f"integer_product takes (M, K) and (N, K) with the same K of at most {1 << 17}, "
+            f"integer_product takes (M, K) and (N, K) with the same K of at most {(1 << 17) - 1}, "
             f"got {tuple(a.shape)} and {tuple(b.shape)}"
         )
 

@@ -17,23 +17,30 @@ from bitbell.quantizers import Quantized, Quantizer
 class SharedInput:
     """Quantizes once what several layers are fed: q, k and v, or gate and up, share one activation quantizer.
 
-    The result is kept from the first layer's call until the last one's, and is used only for the very same tensor, under the
-    same grad mode, and once a layer; anything else is quantized anew.
+    The result is kept from the first layer's call until the last one's, and is used only for the very same tensor, unchanged,
+    under the same modes and scale, and once a layer; anything else is quantized anew.
     """
 
     def __init__(self, quantizer: Quantizer, num_layers: int) -> None:
         self.quantizer, self.num_layers = quantizer, num_layers
-        self._kept: tuple[Tensor, bool, Quantized, tuple[int, ...]] | None = None
+        self._kept: tuple[Tensor, tuple[object, ...], Quantized, tuple[int, ...]] | None = None
 
     def quantize(self, x: Tensor, layer: int) -> Quantized:
         """Quantize `x` for the layer with index `layer`."""
-        kept, grad = self._kept, torch.is_grad_enabled()
-        if kept is not None and kept[0] is x and kept[1] == grad and layer not in kept[3]:
+        kept, state = self._kept, self._state(x)
+        if kept is not None and kept[0] is x and kept[1] == state and layer not in kept[3]:
             quantized, served = kept[2], (*kept[3], layer)
         else:
             quantized, served = self.quantizer.quantize(x), (layer,)
-        self._kept = None if len(served) == self.num_layers else (x, grad, quantized, served)
+        self._kept = None if len(served) == self.num_layers else (x, state, quantized, served)
         return quantized
+
+    def _state(self, x: Tensor) -> tuple[object, ...]:
+        """What else the result depends on: modes, and the counts of in-place changes of the input and the scale."""
+        modes = torch.is_grad_enabled(), self.quantizer.training
+        if torch.compiler.is_compiling():  # one graph holds all layers of a group, and nothing changes between them
+            return modes
+        return *modes, *(0 if tensor.is_inference() else tensor._version for tensor in (x, self.quantizer.scale))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SharedInput:
         import copy

@@ -48,7 +48,7 @@ class _IntegerLinear(torch.autograd.Function):
         ctx.x_dtype, ctx.w_dtype = x_values.dtype, w_values.dtype
         with torch.autocast(x_codes.device.type, enabled=False):
             total = _levels(x_codes, x_zero_point, dtype) @ _levels(w_codes, w_zero_point, dtype).T
-        return (total * w_step.reshape(1, -1) * x_step).to(dtype)
+        return (total * w_step.reshape(-1) * x_step).to(dtype)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -60,7 +60,7 @@ class _IntegerLinear(torch.autograd.Function):
             grad_x = (g @ w).to(ctx.x_dtype)
         if ctx.needs_input_grad[1]:
             x = _levels(x_codes, ctx.x_zero_point, ctx.dtype).mul_(x_step.to(ctx.dtype))
-            grad_w = (g.flatten(0, -2).T @ x.flatten(0, -2)).to(ctx.w_dtype)
+            grad_w = (g.reshape(-1, g.shape[-1]).T @ x.reshape(-1, x.shape[-1])).to(ctx.w_dtype)
         return grad_x, grad_w, *[None] * 7
 
 

@@ -56,8 +56,12 @@ class Recipe:
                 continue
             if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
                 raise ValueError(f"{argument} must be an integer from 1 to 8 bits, got {argument}={bits!r}")
-        if self.rotation is not None and self.rotation != "auto" and not isinstance(self.rotation, int):
+        if self.rotation is not None and self.rotation != "auto" and not _is_power_of_two(self.rotation):
             raise ValueError(f"rotation must be 'auto', a power of two or None, got {self.rotation!r}")
+        for argument in ("weight_options", "activation_options"):
+            for option in ("bits", "rotation"):  # the two operands of a product must be rotated alike
+                if option in getattr(self, argument):
+                    raise ValueError(f"{argument} may not hold {option!r}: it is a field of the recipe itself")
         # Building the quantizers once checks the options here, where the user wrote them.
         self._weight_quantizer(rows=1, rotation=None)
         self._activation_quantizer(rotation=None)
@@ -133,6 +137,10 @@ class Recipe:
             if getattr(self, f.name) not in ("auto", {})
         }
         return f"Recipe({', '.join(f'{name}={value!r}' for name, value in changed.items())})"
+
+
+def _is_power_of_two(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0 and not value & (value - 1)
 
 
 def as_recipe(value: Recipe | str | None) -> Recipe | None:

@@ -54,13 +54,20 @@ def quantize(model: nn.Module, rules: Rules, *, share_inputs: bool = True) -> nn
         raise ValueError("the model has no layer to quantize: " + _first_reasons(kept))
     if isinstance(model, nn.Linear):
         raise ValueError("quantize() swaps the layers inside a model; for a single layer use QuantLinear.from_linear")
-    for name, layer in layers.items():
-        replace_module(model, name, layer)
+    for name, alias in _names_of_modules(model, layers):
+        replace_module(model, alias, layers[name])
     if share_inputs:
         for group in _sibling_groups(layers):
             _share(group)
     model.__dict__["kept_in_full_precision"] = kept
     return model
+
+
+def _names_of_modules(model: nn.Module, names: Mapping[str, nn.Module]) -> list[tuple[str, str]]:
+    """Pairs (name, alias): every path under which the module of that name hangs in the model, its name included."""
+    first = {id(model.get_submodule(name)): name for name in names}
+    paths = model.named_modules(remove_duplicate=False)
+    return [(first[id(module)], path) for path, module in paths if id(module) in first]
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -84,7 +91,15 @@ def _compile_rules(rules: Rules) -> list[tuple[str, Recipe | None]]:
     for pattern, value in rules.items():
         if value is not None and not isinstance(value, (str, Recipe)):
             raise ValueError(f"rule {pattern!r} must give a Recipe, a recipe's name or None, got {value!r}")
+        _check_pattern(pattern)
     return [(pattern, as_recipe(value)) for pattern, value in rules.items()]
+
+
+def _check_pattern(pattern: str) -> None:
+    try:
+        re.compile(pattern[3:] if pattern.startswith("re:") else "")
+    except re.error as error:
+        raise ValueError(f"rule {pattern!r} is not a regular expression: {error}") from None
 
 
 def _matches(pattern: str, name: str) -> bool:
@@ -180,11 +195,14 @@ def calibrate(model: nn.Module, batch: Any, *, again: bool = False) -> nn.Module
 
     def before(name: str, layer: QuantLinear, args: tuple[Any, ...]) -> None:
         shared = layer.shared_input
-        if shared is not None and fed.setdefault(id(shared), (name, args[0]))[1] is not args[0]:
-            raise ValueError(
-                f"{name} and {fed[id(shared)][0]} share one activation quantizer but are fed different tensors; "
-                "quantize the model with share_inputs=False"
-            )
+        if shared is not None:
+            if fed.setdefault(id(shared), (name, args[0]))[0] == name:
+                fed[id(shared)] = (name, args[0])  # a block that runs more than once starts a new round
+            if fed[id(shared)][1] is not args[0]:
+                raise ValueError(
+                    f"{name} and {fed[id(shared)][0]} share one activation quantizer but are fed different tensors; "
+                    "quantize the model with share_inputs=False"
+                )
         for what, quantizer, data in (
             ("weight", layer.weight_quantizer, layer.weight),
             ("input", layer.activation_quantizer, args[0]),
@@ -202,12 +220,13 @@ def calibrate(model: nn.Module, batch: Any, *, again: bool = False) -> nn.Module
     for name, layer in quantized_layers(model):
         if isinstance(layer, QuantLinear):
             hooks.append(layer.register_forward_pre_hook(lambda layer, args, name=name: before(name, layer, args)))
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         _call(model, batch)
     finally:
-        model.train(was_training)
+        for module, was_training in modes:
+            module.training = was_training
         for hook in hooks:
             hook.remove()
     missed = [name for name, quantizer in quantizers(model) if not bool(quantizer.calibrated)]

@@ -91,13 +91,16 @@ class Quantizer(nn.Module):
     def calibrate(self, x: Tensor) -> None:
         """Set the scale (and running statistics) from data `x`, and remember that it has happened.
 
-        Raises ValueError if `x` is empty or not finite.
+        Raises ValueError if `x` is empty, not finite, or so large that its mean square overflows.
         """
         self.check_input(x)
         if not x.numel() or not bool(torch.isfinite(x).all()):
             what = "an empty tensor" if not x.numel() else "a tensor with NaN or infinity"
             raise ValueError(f"cannot calibrate {self.method} on {what} of shape {tuple(x.shape)}")
-        self.scale.copy_(self.initial_scale(x).to(self.scale.dtype).expand(self.scale.shape))
+        scale = self.initial_scale(x).to(self.scale.dtype)
+        if not bool(torch.isfinite(scale).all()):
+            raise ValueError(f"cannot calibrate {self.method}: values up to {float(x.abs().max()):.3g} overflow {scale.dtype}")
+        self.scale.copy_(scale.expand(self.scale.shape))
         self.calibrated.fill_(True)
 
     @torch.no_grad()
@@ -111,8 +114,10 @@ class Quantizer(nn.Module):
         return (codes.to(torch.int16) + 2 ** (self.bits - 1)).to(torch.uint8)
 
     def decode(self, codes: Tensor, step: Tensor | None = None) -> Tensor:
-        """Values of `codes` (uint8). `step` defaults to the stored one."""
-        step = self.step() if step is None else step
+        """Values of `codes` (uint8). `step` defaults to the stored one, which must have been set."""
+        if step is None:
+            self.require_calibrated()
+            step = self.step()
         return self.levels.to(step.device, step.dtype)[codes.long()] * step
 
     @property
@@ -128,6 +133,8 @@ class Quantizer(nn.Module):
         """Raise ValueError, naming what is wrong, unless `x` is a float tensor with the rows this quantizer was made for."""
         if not x.is_floating_point():
             raise ValueError(f"{self.method} quantizes float tensors, got {x.dtype}")
+        if x.dim() == 0:
+            raise ValueError(f"{self.method} quantizes the last dimension of a tensor, got one without dimensions")
         if self.rows is not None and (x.dim() != 2 or x.shape[0] != self.rows):
             raise ValueError(f"this {self.method} quantizer was made for (rows={self.rows}, columns), got {tuple(x.shape)}")
 
@@ -141,6 +148,10 @@ class Quantizer(nn.Module):
                 f"this {self.method} quantizer has no scale yet: call bitbell.calibrate(model, batch), or .calibrate(x) on the "
                 "quantizer, before the first forward pass, or load a checkpoint"
             )
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._seen_calibrated = False
+        super()._load_from_state_dict(*args, **kwargs)
 
     def options(self) -> dict[str, Any]:
         """What rebuilds this quantizer: `Method(**options)`, all of it JSON."""

@@ -52,6 +52,7 @@ class BBQ(Quantizer):
 
     method = "bbq"
     layer_activation_options: ClassVar[dict[str, Any]] = {"rms": "running"}  # causal; see the class docstring
+    running_inverse_rms: Tensor
 
     def __init__(
         self,
@@ -76,8 +77,14 @@ class BBQ(Quantizer):
             x, self.scale, frozen, self.rms, self.bits, self.zero_point, self.rotation
         )
         if self.rms == "running" and self.training:
-            self.running_inverse_rms.lerp_(inverse_rms.to(self.running_inverse_rms.dtype), 1 - RUNNING_DECAY)
+            self._update_running_statistics(inverse_rms)
         return Quantized(values, codes, step)
+
+    def _update_running_statistics(self, inverse_rms: Tensor) -> None:
+        """An average step, but for a batch that says nothing: empty, all zero (1/RMS would be 1e8), or not finite."""
+        running = self.running_inverse_rms
+        usable = (inverse_rms > 0) & (inverse_rms < 1 / SMALLEST_RMS)
+        running.lerp_(torch.where(usable, inverse_rms.to(running.dtype), running), 1 - RUNNING_DECAY)
 
     def initial_scale(self, x: Tensor) -> Tensor:
         rms = rotate(wide(x), self.rotation).square().mean().sqrt()
@@ -130,8 +137,8 @@ class _BellBox(torch.autograd.Function):
         # round() breaks ties to even, so a saturated place of exactly n - 1/2 would give n without the clip.
         code = place.round_().clamp_(0, 2 * half - 1).sub_(half)
         codes = code.to(torch.int8)
-        # Statistics of x carry its NaN into the step; a frozen RMS has seen nothing of x.
-        trace_of_nan = 0 * (inverse_rms if frozen_inverse_rms is None else code.sum())
+        # Statistics of x carry its NaN (and, as 0/0, an infinite RMS) into the step; a frozen RMS has seen nothing of x.
+        trace_of_nan = 0 / inverse_rms if frozen_inverse_rms is None else 0 * code.sum()
         step = scale.to(h.dtype) / half + trace_of_nan
         ctx.save_for_backward(x, scale, codes, inverse_rms)
         ctx.group = None if frozen_inverse_rms is not None else group

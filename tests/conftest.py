@@ -1,0 +1,32 @@
+"""What every test shares: two threads, no network, a small data set and small training runs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+TEXT = "In the beginning God created the heaven and the earth.\n" * 40 + "And the evening and the morning were the day.\n" * 40
+
+
+@pytest.fixture(scope="session")
+def small_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text file of a few kilobytes with some variety."""
+    path = tmp_path_factory.mktemp("text") / "small.txt"
+    lines = [f"{n} sheep and {n * n % 97} goats went up the hill in the year {n * 7 % 1000}.\n" for n in range(600)]
+    path.write_text(TEXT + "".join(lines), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_data(small_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level token data set of that text."""
+    from bitbell.data import tokenize
+
+    out = tmp_path_factory.mktemp("data") / "bytes"
+    tokenize([str(small_text)], out, tokenizer="bytes", valid_fraction=0.2)
+    return out

@@ -1,0 +1,77 @@
+"""The configuration: its checks, its file form, and which differences matter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bitbell.training.config import TrainConfig, read_config_file
+
+
+def config(**fields: object) -> TrainConfig:
+    return TrainConfig(**{"data": "d", "out": "o", **fields})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("steps", 0, "steps must be at least 1, got steps=0"),
+        ("batch_size", -1, "batch_size must be at least 1"),
+        ("learning_rate", 0.0, "learning_rate must be positive"),
+        ("learning_rate", float("inf"), "learning_rate must be positive"),
+        ("weight_decay", -0.1, "weight_decay must be 0 or more"),
+        ("clip", 0.0, "clip must be positive"),
+        ("beta2", 1.0, "beta2 must be from 0 up to but without 1"),
+        ("warmup", 1.5, "warmup must be from 0 to 1"),
+        ("precision", "fp8", "precision must be auto, float32 or bfloat16, got precision='fp8'"),
+        ("device", "tpu", "device must be auto, cpu, cuda or cuda:N"),
+    ],
+)
+def test_a_value_out_of_range_is_named_with_what_is_allowed(field: str, value: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config(**{field: value})
+
+
+def test_a_configuration_survives_its_dictionary() -> None:
+    made = config(recipe="quest-w4a4", rules={"*.mlp.*": "bbq-w2a2", "*": "none"}, learning_rate=1e-3)
+    assert TrainConfig.from_dict(made.to_dict()) == made
+
+
+def test_an_unknown_field_gets_a_suggestion() -> None:
+    with pytest.raises(ValueError, match=r"unknown field 'stepz'. Did you mean 'steps'\?"):
+        TrainConfig.from_dict({"data": "d", "out": "o", "stepz": 3})
+
+
+@pytest.mark.parametrize(("field", "value"), [("steps", "many"), ("steps", True), ("recipe", 3), ("compile", 1), ("rules", [])])
+def test_a_wrong_type_is_named(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"{field} must be "):
+        TrainConfig.from_dict({"data": "d", "out": "o", field: value})
+
+
+def test_an_integer_is_taken_where_a_float_is_meant() -> None:
+    assert TrainConfig.from_dict({"data": "d", "out": "o", "clip": 2}).clip == 2.0
+
+
+def test_files_give_fields(tmp_path: Path) -> None:
+    toml, json = tmp_path / "a.toml", tmp_path / "a.json"
+    toml.write_text('data = "d"\nsteps = 7\n[rules]\n"*" = "bbq-w2a2"\n')
+    json.write_text('{"data": "d", "steps": 7, "rules": {"*": "bbq-w2a2"}}')
+    assert read_config_file(toml) == read_config_file(json) == {"data": "d", "steps": 7, "rules": {"*": "bbq-w2a2"}}
+
+
+def test_broken_files_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.toml"
+    with pytest.raises(ValueError, match=r"cannot read the configuration .*a\.toml"):
+        read_config_file(path)
+    path.write_text("steps = ")
+    with pytest.raises(ValueError, match=r"a\.toml is no valid TOML"):
+        read_config_file(path)
+    (tmp_path / "b.json").write_text("[1]")
+    with pytest.raises(ValueError, match="must hold fields with values, got a list"):
+        read_config_file(tmp_path / "b.json")
+
+
+def test_only_fields_that_touch_numbers_count_as_differences() -> None:
+    assert config().differences(config(log_every=3, out="elsewhere", threads=1)) == {}
+    assert config().differences(config(seed=1, steps=5)) == {"seed": (0, 1), "steps": (300, 5)}
