@@ -17,7 +17,7 @@ from pathlib import Path
 from bitbell.data import tokenize
 from bitbell.training import TrainConfig, train
 
-GRID = (1e-3, 2e-3, 4e-3)
+GRID = (2e-3, 4e-3)
 METHODS = ("none", "bbq", "quest", "lsq")
 
 

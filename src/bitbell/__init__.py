@@ -10,7 +10,7 @@ The folders are the road that the data takes, and imports point back along it on
     evaluation   a model and batches -> numbers
     training     a model and batches -> a run folder
     packing      a trained model -> few bytes, and back
-    report       runs -> pictures
+    reports      runs -> pictures
     serving      a packed model -> tokens
     cli          the command `bitbell`
 

@@ -94,4 +94,4 @@ def load_tokenizer_of(directory: str | Path) -> TextTokenizer:
 
     if not (Path(directory) / "tokenizer.json").is_file():
         raise ValueError(f"{directory} has no tokenizer.json, so text cannot be turned into its tokens")
-    return load_tokenizer(str(directory))
+    return load_tokenizer(str(Path(directory).resolve()))

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bitbell.report.formats import shorten
-from bitbell.report.runs import Run
+from bitbell.reports.formats import shorten
+from bitbell.reports.runs import Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bitbell.report.drawing import (
+from bitbell.reports.drawing import (
     INK,
     LESS,
     MORE,
@@ -26,7 +26,7 @@ from bitbell.report.drawing import (
     shorten,
     slug,
 )
-from bitbell.report.runs import Run
+from bitbell.reports.runs import Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitbell.report import codes, curves, drawing
-from bitbell.report.runs import read_run, read_runs
+from bitbell.reports import codes, curves, drawing
+from bitbell.reports.runs import read_run, read_runs
 
 PLACES = st.lists(st.floats(-50, 150), min_size=1, max_size=12)
 
@@ -50,7 +50,7 @@ def test_runs_of_one_setting_share_a_hue_and_all_looks_differ(make_run):
 def test_every_colour_has_its_variable_in_light_and_dark():
     from importlib import resources
 
-    css = (resources.files("bitbell.report") / "page.css").read_text()
+    css = (resources.files("bitbell.reports") / "page.css").read_text()
     for colour, variable in drawing.VARIABLES.items():
         assert f"{variable}: {colour};" in css  # light is what the files on disk show
         assert css.count(f"{variable}: ") == 2
@@ -66,7 +66,7 @@ def test_every_hue_stands_out_from_its_card_in_light_and_dark():
     import re
     from importlib import resources
 
-    light, dark = (resources.files("bitbell.report") / "page.css").read_text().split("@media (prefers", 1)
+    light, dark = (resources.files("bitbell.reports") / "page.css").read_text().split("@media (prefers", 1)
     for css in (light, dark):
         found = dict(re.findall(r"(--[a-z0-9-]+): (#[0-9a-f]{6})", css))
         for name in ["--ink", "--muted", *(f"--run-{i}" for i in range(6))]:

@@ -6,10 +6,10 @@ import statistics
 
 import pytest
 
-from bitbell.report import formats
-from bitbell.report.results import COLUMNS, arrange, as_json, best_of_each_width, group_seeds
-from bitbell.report.runs import read_runs
-from bitbell.report.words import notes, summarise, with_spread
+from bitbell.reports import formats
+from bitbell.reports.results import COLUMNS, arrange, as_json, best_of_each_width, group_seeds
+from bitbell.reports.runs import read_runs
+from bitbell.reports.words import notes, summarise, with_spread
 
 
 def read(*folders):

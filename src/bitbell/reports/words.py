@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bitbell.report import formats
-from bitbell.report.results import WORK, Group, Spread, best_of_each_width, full_precision_like, work
-from bitbell.report.runs import Event, Run, finite
+from bitbell.reports import formats
+from bitbell.reports.results import WORK, Group, Spread, best_of_each_width, full_precision_like, work
+from bitbell.reports.runs import Event, Run, finite
 
 loss_text = formats.decimals(3)
 

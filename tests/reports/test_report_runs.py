@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitbell.report import read_run
-from bitbell.report.runs import read_runs
+from bitbell.reports import read_run
+from bitbell.reports.runs import read_runs
 
 
 def append(run: Path, text: str) -> None:

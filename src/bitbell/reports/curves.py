@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bitbell.report.drawing import (
+from bitbell.reports.drawing import (
     CARD,
     INK,
     MUTED,
@@ -23,8 +23,8 @@ from bitbell.report.drawing import (
     shorten,
     spread,
 )
-from bitbell.report.formats import decimals, megabytes, significant
-from bitbell.report.runs import Event, Run, finite
+from bitbell.reports.formats import decimals, megabytes, significant
+from bitbell.reports.runs import Event, Run, finite
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bitbell.report import write_report
+from bitbell.reports import write_report
 
 VOID = {"meta", "br", "img", "link", "hr"}
 
@@ -228,7 +228,7 @@ def test_a_broken_run_leaves_the_old_report_alone(make_run, tmp_path):
 def test_reading_runs_imports_neither_torch_nor_matplotlib(make_run):
     folder = make_run("a")
     code = (
-        "import sys; from bitbell.report import read_run; read_run(sys.argv[1]); "
+        "import sys; from bitbell.reports import read_run; read_run(sys.argv[1]); "
         "assert not {'torch', 'matplotlib'} & set(sys.modules)"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -236,7 +236,7 @@ def test_reading_runs_imports_neither_torch_nor_matplotlib(make_run):
 
 
 def test_an_unknown_name_of_the_room_is_refused_with_what_it_offers():
-    import bitbell.report
+    import bitbell.reports
 
     with pytest.raises(AttributeError, match="It offers Run, read_run, write_report"):
-        bitbell.report.missing  # noqa: B018
+        bitbell.reports.missing  # noqa: B018

@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bitbell.report import formats
-from bitbell.report.runs import Run, finite
+from bitbell.reports import formats
+from bitbell.reports.runs import Run, finite
 
 WORK = ("preset", "data", "steps", "batch_size", "accumulation", "sequence_length")
 # These say where a run lives or what it is called, not what it computes.

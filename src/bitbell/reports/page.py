@@ -19,11 +19,11 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from bitbell.report import formats
-from bitbell.report.codes import draw_codes
-from bitbell.report.curves import Looks, draw_entropy, draw_loss, draw_scales, draw_size
-from bitbell.report.drawing import Look, Picture, drawing_rules, looks, save, slug
-from bitbell.report.results import (
+from bitbell.reports import formats
+from bitbell.reports.codes import draw_codes
+from bitbell.reports.curves import Looks, draw_entropy, draw_loss, draw_scales, draw_size
+from bitbell.reports.drawing import Look, Picture, drawing_rules, looks, save, slug
+from bitbell.reports.results import (
     COLUMNS,
     SPREAD_COLUMNS,
     Column,
@@ -33,8 +33,8 @@ from bitbell.report.results import (
     best_of_each_width,
     group_seeds,
 )
-from bitbell.report.runs import Run, read_runs
-from bitbell.report.words import notes, summarise, with_spread
+from bitbell.reports.runs import Run, read_runs
+from bitbell.reports.words import notes, summarise, with_spread
 
 OPEN_HISTOGRAMS = 4  # more pictures than this start folded
 
@@ -107,7 +107,7 @@ def _save(pictures: Sequence[Picture], folder: Path) -> list[Drawn]:
 
 
 def _fill_in(runs: Sequence[Run], groups: Sequence[Group], sections: Sequence[str]) -> str:
-    files = resources.files("bitbell.report")
+    files = resources.files("bitbell.reports")
     template = Template((files / "page.html").read_text(encoding="utf-8"))
     presets = list(
         dict.fromkeys(formats.plain(run.config["preset"]) for run in runs if run.config.get("preset"))
