@@ -3,8 +3,8 @@
     python benchmarks/language_results.py --out runs/results            # everything, resumable
     python benchmarks/language_results.py --out runs/results --tune     # only the choice of learning rates
 
-Learning rates are chosen per method, at 2 bits and seed 0, from one grid, by the validation loss; the other bit widths and seeds
-use that choice. Finished runs are skipped, interrupted ones continued.
+Learning rates are chosen per method, at 2 bits and seed 0, from one grid, by the validation loss; the other bit
+widths and seeds use that choice. Finished runs are skipped, interrupted ones continued.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def recipe_of(method: str, bits: int) -> str:
 
 
 def tuned_rates(out: Path, data: Path, args: argparse.Namespace) -> dict[str, float]:
-    """The learning rate of each method with the lowest validation loss at 2 bits, seed 0; extends the grid at no edge."""
+    """The learning rate of each method with the lowest validation loss at 2 bits, seed 0; extends the grid at no
+    edge."""
     best = {}
     for method in args.methods:
         recipe = recipe_of(method, 2)

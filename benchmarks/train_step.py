@@ -3,8 +3,8 @@
     python benchmarks/train_step.py                     # demo model and a wider one (d = 1024), every method
     python benchmarks/train_step.py --models tiny --recipes none bbq-w2a2 --threads 1
 
-Candidates take turns, step by step, in one process, so that a noisy neighbour hits all alike; medians and ratios are reported.
-"Kept" counts the distinct bytes that autograd holds for the backward pass, parameters not included.
+Candidates take turns, step by step, in one process, so that a noisy neighbour hits all alike; medians and ratios are
+reported. "Kept" counts the distinct bytes that autograd holds for the backward pass, parameters not included.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ from bitbell.models import build_model
 from bitbell.models.presets import PRESETS, Preset
 from bitbell.training.loop import pick_precision
 
-PRESETS["wide"] = Preset(layers=2, width=1024, heads=8, feed_forward=2816, learning_rate=6e-4, tokens=1e10, vocabulary=1024)
+PRESETS["wide"] = Preset(
+    layers=2, width=1024, heads=8, feed_forward=2816, learning_rate=6e-4, tokens=1e10, vocabulary=1024
+)
 
 
 @dataclass
@@ -106,7 +108,9 @@ def main() -> None:
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, {precision}, batch {args.batch}")
     for name in args.models:
         tokens = torch.randint(0, 1024, (args.batch[0], args.batch[1] + 1), device=device)
-        candidates = [make(name, recipe, mode == "compiled", tokens, precision) for mode in args.modes for recipe in args.recipes]
+        candidates = [
+            make(name, recipe, mode == "compiled", tokens, precision) for mode in args.modes for recipe in args.recipes
+        ]
         for candidate in candidates:
             candidate.step()
             candidate.step()

@@ -10,7 +10,10 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-TEXT = "In the beginning God created the heaven and the earth.\n" * 40 + "And the evening and the morning were the day.\n" * 40
+TEXT = (
+    "In the beginning God created the heaven and the earth.\n" * 40
+    + "And the evening and the morning were the day.\n" * 40
+)
 
 
 @pytest.fixture(scope="session")

@@ -86,9 +86,7 @@ def test_a_wrong_sum_of_tokens_is_refused(copy: Path):
 
 def test_a_missing_shard_is_refused(copy: Path):
     (copy / "train-00002.tokens").unlink()
-    with pytest.raises(
-        FileNotFoundError, match=r"train-00002\.tokens is missing, but dataset\.json lists it"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"train-00002\.tokens is missing, but dataset\.json lists it"):
         TokenDataset.open(copy)
 
 

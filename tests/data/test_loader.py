@@ -52,9 +52,7 @@ def test_every_epoch_has_every_window_exactly_once(
     batches = Batches(dataset, batch_size=batch_size, sequence_length=sequence_length, seed=seed)
     epochs, count = 3, batches.num_windows
     rows = torch.cat([batches.batch(step) for step in range(-(-epochs * count // batch_size))])
-    assert torch.equal(
-        rows, rows[:, :1] + torch.arange(sequence_length + 1)
-    )  # consecutive, across shards too
+    assert torch.equal(rows, rows[:, :1] + torch.arange(sequence_length + 1))  # consecutive, across shards too
     for epoch in range(epochs):
         starts = np.sort(rows[epoch * count : (epoch + 1) * count, 0].numpy())
         offset = starts[0]
@@ -72,17 +70,14 @@ def test_epochs_differ_in_order_and_offset(tmp_path: Path):
     dataset = counting_dataset(tmp_path / "out", 10_000)
     batches = Batches(dataset, batch_size=1, sequence_length=50, seed=0)
     epochs = [
-        [int(batches.batch(epoch * batches.num_windows + place)[0, 0]) for place in range(20)]
-        for epoch in range(8)
+        [int(batches.batch(epoch * batches.num_windows + place)[0, 0]) for place in range(20)] for epoch in range(8)
     ]
     assert len({start % 50 for epoch in epochs for start in epoch}) > 4
     assert len({tuple(start // 50 for start in epoch) for epoch in epochs}) == 8
 
 
 def test_seeds_differ_and_one_seed_repeats(dataset: TokenDataset):
-    first, again, other = (
-        Batches(dataset, batch_size=8, sequence_length=16, seed=seed).batch(5) for seed in (1, 1, 2)
-    )
+    first, again, other = (Batches(dataset, batch_size=8, sequence_length=16, seed=seed).batch(5) for seed in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 

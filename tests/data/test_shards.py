@@ -113,9 +113,7 @@ def test_a_changed_token_is_found_by_the_checksum(tmp_path: Path):
 
 def test_a_write_that_fails_names_the_file(tmp_path: Path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(
-        resource.RLIMIT_FSIZE, (100_000, hard)
-    )  # as a full disk: the system refuses to grow the file
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # as a full disk: the system refuses to grow the file
     writer = ShardWriter(tmp_path, "train", "uint16", 10**9)
     try:
         with pytest.raises(OSError, match=r"cannot write .*train-00000\.tokens: File too large"):

@@ -157,15 +157,11 @@ def test_nothing_to_read_is_refused(write: Write, tmp_path: Path):
 @pytest.mark.parametrize("before", [0, 5, 70_000])
 def test_a_binary_file_is_refused_with_the_byte_offset(write: Write, before: int):
     good = ("x" * 9 + "\n") * (before // 10) + "x" * (before % 10)
-    with pytest.raises(
-        ValueError, match=rf"a\.bin is a binary file, not text: NUL byte at byte offset {before}\."
-    ):
+    with pytest.raises(ValueError, match=rf"a\.bin is a binary file, not text: NUL byte at byte offset {before}\."):
         read(write("a.bin", good.encode() + b"\0rest"))
     with pytest.raises(ValueError, match=rf"a\.txt is not UTF-8 text: .* at byte offset {before}\."):
         read(write("a.txt", good.encode() + b"\xff\nrest"))
-    with pytest.raises(
-        ValueError, match=rf"b\.txt is not UTF-8 text: unexpected end.* at byte offset {before}\."
-    ):
+    with pytest.raises(ValueError, match=rf"b\.txt is not UTF-8 text: unexpected end.* at byte offset {before}\."):
         read(write("b.txt", good.encode() + "\u6f22".encode()[:2]))
 
 
@@ -193,9 +189,7 @@ def test_json_that_is_no_record_of_text_is_refused(write: Write):
         read(write("a.jsonl", '{"body": "x", "id": 1}'))
     with pytest.raises(ValueError, match=r"line 1: field 'text' must be text, got int"):
         read(write("a.jsonl", '{"text": 5}'))
-    with pytest.raises(
-        ValueError, match=r"line 1: field 'text' is no valid Unicode \(surrogates not allowed\)"
-    ):
+    with pytest.raises(ValueError, match=r"line 1: field 'text' is no valid Unicode \(surrogates not allowed\)"):
         read(write("a.jsonl", '{"text": "\\ud800"}'))
     with pytest.raises(ValueError, match=r"a\.jsonl is not UTF-8 text: .* at byte offset 16"):
         read(write("a.jsonl", b'{"text": "one"}\n\xff'))
@@ -229,13 +223,9 @@ def test_damaged_archives_are_refused(write: Write, suffix: str, compress: Calla
 def test_missing_packages_are_named_with_the_command(write: Write, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(
-        ValueError, match=r"pyarrow is not installed\. Install it with: pip install 'bitbell\[data\]'"
-    ):
+    with pytest.raises(ValueError, match=r"pyarrow is not installed\. Install it with: pip install 'bitbell\[data\]'"):
         read(write("a.parquet", "x"))
-    with pytest.raises(
-        ValueError, match=r"datasets, which is not installed\. .*pip install 'bitbell\[data\]'"
-    ):
+    with pytest.raises(ValueError, match=r"datasets, which is not installed\. .*pip install 'bitbell\[data\]'"):
         read("hf:anything")
 
 

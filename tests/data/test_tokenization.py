@@ -141,10 +141,7 @@ def test_two_runs_write_the_same_bytes(write: Write, lines_of_text: Lines, tmp_p
         tokenize([source], tmp_path / name, tokenizer="bpe:280")
     assert contents(tmp_path / "first") == contents(tmp_path / "second")
     tokenize([source], tmp_path / "third", tokenizer="bpe:280", seed=1)
-    assert (
-        contents(tmp_path / "third")["train-00000.tokens"]
-        != contents(tmp_path / "first")["train-00000.tokens"]
-    )
+    assert contents(tmp_path / "third")["train-00000.tokens"] != contents(tmp_path / "first")["train-00000.tokens"]
 
 
 def test_bpe_never_sees_the_held_out_text(write_jsonl: Callable[..., str], tmp_path: Path, monkeypatch: Any):
@@ -216,9 +213,7 @@ def test_another_data_set_replaces_it_only_when_told_to(write: Write, lines_of_t
     ]
 
 
-def test_another_tokenizer_file_under_the_same_path_is_noticed(
-    write: Write, lines_of_text: Lines, tmp_path: Path
-):
+def test_another_tokenizer_file_under_the_same_path_is_noticed(write: Write, lines_of_text: Lines, tmp_path: Path):
     source, out, path = write("a.txt", lines_of_text(100)), tmp_path / "out", tmp_path / "tokenizer"
     load_tokenizer("bytes").save(path)
     tokenize([source], out, tokenizer=str(path))
@@ -254,9 +249,7 @@ def test_an_error_on_the_way_leaves_nothing(write: Write, lines_of_text: Lines, 
     assert not (tmp_path / "out").exists()
 
 
-def test_an_error_on_the_way_leaves_an_older_data_set_whole(
-    write: Write, lines_of_text: Lines, tmp_path: Path
-):
+def test_an_error_on_the_way_leaves_an_older_data_set_whole(write: Write, lines_of_text: Lines, tmp_path: Path):
     good, out = write("a.txt", lines_of_text(5000)), tmp_path / "out"
     tokenize([good], out, tokenizer="bytes")
     before = contents(out)
@@ -269,9 +262,7 @@ def test_an_error_on_the_way_leaves_an_older_data_set_whole(
     assert contents(out) == before
 
 
-def test_a_killed_run_never_looks_complete_and_the_next_clears_up(
-    write: Write, lines_of_text: Lines, tmp_path: Path
-):
+def test_a_killed_run_never_looks_complete_and_the_next_clears_up(write: Write, lines_of_text: Lines, tmp_path: Path):
     source, out = write("a.txt", lines_of_text(5000)), tmp_path / "out"
     script = (
         "import sys, time; from bitbell.data import tokenize\n"
@@ -324,9 +315,7 @@ def test_arguments_out_of_range_are_refused_before_any_work(arguments: dict, mes
     assert not (tmp_path / "out").exists()
 
 
-def test_a_corpus_without_two_documents_is_refused(
-    write: Write, write_jsonl: Callable[..., str], tmp_path: Path
-):
+def test_a_corpus_without_two_documents_is_refused(write: Write, write_jsonl: Callable[..., str], tmp_path: Path):
     out = tmp_path / "out"
     with pytest.raises(ValueError, match=r"\(a\.txt\) is too small: it holds one document, and at least two"):
         tokenize([write("a.txt", "one line\n")], out, tokenizer="bytes")

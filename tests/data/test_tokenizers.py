@@ -52,9 +52,7 @@ def test_training_twice_gives_the_same_tokenizer(tmp_path: Path):
         texts = [corpus.read(10_000) for _ in range(5)]
     for name in ("first", "second"):
         load_tokenizer("bpe:400", texts).save(tmp_path / name)
-    assert (tmp_path / "first/tokenizer.json").read_bytes() == (
-        tmp_path / "second/tokenizer.json"
-    ).read_bytes()
+    assert (tmp_path / "first/tokenizer.json").read_bytes() == (tmp_path / "second/tokenizer.json").read_bytes()
 
 
 @pytest.mark.parametrize("spec", ["bytes", "bpe:400"])
@@ -115,9 +113,7 @@ def test_a_serialised_end_token_in_the_configuration_is_understood(tmp_path: Pat
     assert load_tokenizer(str(tmp_path)).end_of_text == 65
 
 
-@pytest.mark.parametrize(
-    "spec", ["", "bpe", "bpe:", "bpe:1k", "bpe:-5", "./nowhere", "/nowhere/tokenizer.json"]
-)
+@pytest.mark.parametrize("spec", ["", "bpe", "bpe:", "bpe:1k", "bpe:-5", "./nowhere", "/nowhere/tokenizer.json"])
 def test_an_unknown_tokenizer_is_refused_with_the_list_of_kinds(spec: str):
     with pytest.raises(ValueError, match=r'unknown tokenizer .*"bytes", "bpe:1024"'):
         load_tokenizer(spec, ["text"])
@@ -135,9 +131,7 @@ def test_a_vocabulary_below_257_is_refused():
 
 
 def test_a_text_too_small_for_the_vocabulary_is_refused_with_the_size_it_gives():
-    with pytest.raises(
-        ValueError, match=r'"bpe:1024": the training text is too small.*Use "bpe:\d+" or fewer'
-    ):
+    with pytest.raises(ValueError, match=r'"bpe:1024": the training text is too small.*Use "bpe:\d+" or fewer'):
         load_tokenizer("bpe:1024", ["a few words, a few words"])
 
 
@@ -156,9 +150,7 @@ def test_ids_outside_the_vocabulary_are_refused():
 
 
 def test_files_that_are_no_tokenizer_are_refused(write: Callable[[str, str | bytes], str], tmp_path: Path):
-    with pytest.raises(
-        ValueError, match=r"tokenizer\.json is no tokenizer that the tokenizers library can open"
-    ):
+    with pytest.raises(ValueError, match=r"tokenizer\.json is no tokenizer that the tokenizers library can open"):
         load_tokenizer(write("broken/tokenizer.json", '{"model": 5}'))
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"empty holds no tokenizer\.json"):

@@ -53,9 +53,7 @@ def metrics(
             | {"tokens_per_second": 4100.0, "seconds": 0.6 * step}
         )
         if method and step % (5 * every) == 0:
-            events.append(
-                {"event": "quantizers", "step": step, "layers": layer_states(random, method, bits, depth)}
-            )
+            events.append({"event": "quantizers", "step": step, "layers": layer_states(random, method, bits, depth)})
         if step % (10 * every) == 0:
             events.append(
                 {"event": "valid", "step": step, "loss": loss, "perplexity": math.exp(loss)}
@@ -109,9 +107,7 @@ def summary_of(
         "packed_bytes": 2_400_000 + 412_500 * bits if method else None,
         "seconds_per_step": {"bbq": 0.61, "quest": 0.63, "lsq": 0.58, None: 0.41}[method],
         "layers": layers,
-        "samples": [
-            {"prompt": "In the", "text": "In the beginning of the night the king did say\nunto his men."}
-        ],
+        "samples": [{"prompt": "In the", "text": "In the beginning of the night the king did say\nunto his men."}],
     }
 
 

@@ -100,9 +100,7 @@ def test_the_summary_says_what_was_measured(make_run):
 
 
 def test_a_quantized_run_below_full_precision_is_reported_without_overclaiming(make_run):
-    runs, groups = read(
-        make_run("bbq", summary={"loss": 3.2}), make_run("full", method=None, summary={"loss": 3.3})
-    )
+    runs, groups = read(make_run("bbq", summary={"loss": 3.2}), make_run("full", method=None, summary={"loss": 3.3}))
     text = summarise(runs, groups)
     assert "0.100 below full precision after the same work" in text
     assert "does not show that fewer bits are better in general" in text
@@ -112,9 +110,7 @@ def test_a_quantized_run_below_full_precision_is_reported_without_overclaiming(m
 def test_full_precision_after_other_work_is_no_yardstick(make_run):
     runs, groups = read(make_run("bbq"), make_run("full", method=None, steps=600))
     assert "above full precision" not in summarise(runs, groups)
-    assert "The runs differ in steps. Only runs of equal work are ranked against each other." in notes(
-        runs, groups
-    )
+    assert "The runs differ in steps. Only runs of equal work are ranked against each other." in notes(runs, groups)
 
 
 @pytest.mark.parametrize(("offset", "words"), [(0.5, "more than"), (0.05, "within")])
@@ -187,9 +183,7 @@ def test_a_deviation_is_written_to_the_decimals_of_its_mean(make_run):
         make_run("a", seed=0, summary={"perplexity": 32.0}),
         make_run("b", seed=1, summary={"perplexity": 33.0}),
     )
-    assert (
-        with_spread(groups[0].spread("perplexity"), formats.significant(3)) == "32.5 \N{PLUS-MINUS SIGN} 0.7"
-    )
+    assert with_spread(groups[0].spread("perplexity"), formats.significant(3)) == "32.5 \N{PLUS-MINUS SIGN} 0.7"
 
 
 def test_shortened_names_keep_both_ends():

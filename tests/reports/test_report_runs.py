@@ -158,9 +158,7 @@ def test_a_broken_config_or_summary_is_named(make_run, file, text, message):
 
 
 def test_what_is_no_run_folder_is_named_with_what_was_expected(tmp_path, make_run):
-    with pytest.raises(
-        ValueError, match=r"'.*nowhere' is no run folder: it is not there.*config\.json and metrics"
-    ):
+    with pytest.raises(ValueError, match=r"'.*nowhere' is no run folder: it is not there.*config\.json and metrics"):
         read_run(tmp_path / "nowhere")
     (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match="no run folder: it is a file"):
@@ -170,9 +168,7 @@ def test_what_is_no_run_folder_is_named_with_what_was_expected(tmp_path, make_ru
     with pytest.raises(ValueError, match=r"no run folder: metrics\.jsonl missing"):
         read_run(tmp_path / "packed")
     make_run("inner")
-    with pytest.raises(
-        ValueError, match=r"config\.json and metrics\.jsonl missing.*subfolders inner look like runs"
-    ):
+    with pytest.raises(ValueError, match=r"config\.json and metrics\.jsonl missing.*subfolders inner look like runs"):
         read_run(tmp_path)
 
 
@@ -187,9 +183,7 @@ def test_none_one_string_and_the_same_folder_twice_are_refused(make_run):
 
 
 def test_equal_names_are_told_apart_by_their_folders(make_run):
-    folders = [make_run(path, name="bbq") for path in ("one", "two", "deep/one")] + [
-        make_run("x", name="lsq")
-    ]
+    folders = [make_run(path, name="bbq") for path in ("one", "two", "deep/one")] + [make_run("x", name="lsq")]
     names = [run.name for run in read_runs(folders)]
     assert names == [f"bbq ({folders[0]})", "bbq (two)", f"bbq ({folders[2]})", "lsq"]
 

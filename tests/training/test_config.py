@@ -43,7 +43,9 @@ def test_an_unknown_field_gets_a_suggestion() -> None:
         TrainConfig.from_dict({"data": "d", "out": "o", "stepz": 3})
 
 
-@pytest.mark.parametrize(("field", "value"), [("steps", "many"), ("steps", True), ("recipe", 3), ("compile", 1), ("rules", [])])
+@pytest.mark.parametrize(
+    ("field", "value"), [("steps", "many"), ("steps", True), ("recipe", 3), ("compile", 1), ("rules", [])]
+)
 def test_a_wrong_type_is_named(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"{field} must be "):
         TrainConfig.from_dict({"data": "d", "out": "o", field: value})

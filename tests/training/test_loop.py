@@ -236,9 +236,12 @@ def test_unknown_names_are_refused_before_a_run_is_made(make_config: Make, tmp_p
         train(make_config(preset="mikro"))
     with pytest.raises(ValueError, match=r"unknown method 'bbk'.*Did you mean 'bbq'"):
         train(make_config(recipe="bbk-w2a2"))
-    with pytest.raises(ValueError, match="PyTorch sees no GPU"):
-        if torch.cuda.is_available():
-            pytest.skip("this machine has a GPU")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_asking_for_a_gpu_that_is_not_there_is_refused(make_config: Make, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="device=cuda but PyTorch sees no GPU here; use --device cpu"):
         train(make_config(device="cuda"))
     assert not (tmp_path / "run").exists()
 
@@ -282,7 +285,9 @@ def test_tensorboard_gets_the_same_numbers(make_config: Make) -> None:
     events = EventAccumulator(str(result.run / "tensorboard"))
     events.Reload()
     written = [s.value for s in events.Scalars("train/loss")]
-    assert written == pytest.approx([e["loss"] for e in read_metrics(result.run / "metrics.jsonl") if e["event"] == "train"])
+    assert written == pytest.approx(
+        [e["loss"] for e in read_metrics(result.run / "metrics.jsonl") if e["event"] == "train"]
+    )
     assert any(tag.startswith("weight_entropy/") for tag in events.Tags()["scalars"])
 
 

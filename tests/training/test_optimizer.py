@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -42,8 +43,8 @@ def test_the_schedule_rises_by_a_cosine_and_falls_to_its_end() -> None:
     assert at[5] == pytest.approx((0.01 + 1) / 2)
     assert at[10] == 1.0
     assert at[-1] == pytest.approx(0.1)
-    assert all(a < b for a, b in zip(at[:10], at[1:11], strict=True))
-    assert all(a > b for a, b in zip(at[10:-1], at[11:], strict=True))
+    assert all(a < b for a, b in pairwise(at[:11]))
+    assert all(a > b for a, b in pairwise(at[10:]))
     middle = learning_rate_at(55, steps=101, peak=1.0, warmup=10 / 101, final=0.1)
     assert middle == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi * 0.5)) / 2)
 

@@ -14,11 +14,9 @@ if TYPE_CHECKING:
 
     from bitbell.training.config import TrainConfig
 
-Positional = tyro.conf.Positional
-
 
 def tokenize(
-    sources: Positional[tuple[str, ...]],
+    sources: tyro.conf.Positional[tuple[str, ...]],
     /,
     out: str,
     tokenizer: str = "bpe:1024",
@@ -31,7 +29,8 @@ def tokenize(
     """Turn text into a token data set.
 
     Args:
-        sources: Files or folders (.txt, .jsonl, .parquet, also .gz and .xz), hf:NAME of the datasets library, or kjv, the
+        sources: Files or folders (.txt, .jsonl, .parquet, also .gz and .xz), hf:NAME of the datasets library, or kjv,
+        the
             King James Bible that ships with bitbell.
         out: Directory of the data set.
         tokenizer: bytes, bpe:SIZE (trained on the spot), a tokenizer.json or its folder, or a Hugging Face name.
@@ -70,7 +69,7 @@ def train(config: TrainConfig) -> int:
 
 
 def evaluate(
-    model: Positional[str],
+    model: tyro.conf.Positional[str],
     /,
     data: str | None = None,
     sequence_length: int | None = None,
@@ -112,7 +111,7 @@ def evaluate(
     return 0
 
 
-def pack(run: Positional[str], out: Positional[str], /, overwrite: bool = False) -> int:
+def pack(run: tyro.conf.Positional[str], out: tyro.conf.Positional[str], /, overwrite: bool = False) -> int:
     """Write a run's model with its codes at their true width.
 
     Args:
@@ -127,11 +126,18 @@ def pack(run: Positional[str], out: Positional[str], /, overwrite: bool = False)
     folder = pack_model(model).save(out, tokenizer=run, overwrite=overwrite)
     before = sum(p.numel() * p.element_size() for p in model.parameters())
     after = (folder / "model.safetensors").stat().st_size
-    print(f"{folder}: {after / 1e6:.2f} MB, from {before / 1e6:.2f} MB trained in float32 ({before / after:.1f}x), step {step}")
+    ratio = f"{before / 1e6:.2f} MB trained in float32 ({before / after:.1f}x)"
+    print(f"{folder}: {after / 1e6:.2f} MB, from {ratio}, step {step}")
     return 0
 
 
-def verify(run: Positional[str], packed: Positional[str], /, data: str | None = None, limit: int | None = 64) -> int:
+def verify(
+    run: tyro.conf.Positional[str],
+    packed: tyro.conf.Positional[str],
+    /,
+    data: str | None = None,
+    limit: int | None = 64,
+) -> int:
     """Compare a run with its packed model; fails where they differ.
 
     Args:
@@ -168,7 +174,7 @@ def _compare_perplexity(model: nn.Module, twin: nn.Module, data: str, length: in
 
 
 def generate(
-    model: Positional[str],
+    model: tyro.conf.Positional[str],
     /,
     prompt: str,
     max_new_tokens: int = 100,
@@ -207,7 +213,7 @@ def generate(
     return 0
 
 
-def report(runs: Positional[tuple[str, ...]], /, out: str = "report") -> int:
+def report(runs: tyro.conf.Positional[tuple[str, ...]], /, out: str = "report") -> int:
     """Write one self-contained HTML page, with its plots, about one or more runs.
 
     Args:

@@ -20,7 +20,9 @@ def take_config_file(arguments: Sequence[str]) -> TrainConfig:
     missing = {"data", "out"} - values.keys()
     description = TrainConfig.__doc__ + "\n\n--config FILE (TOML or JSON) gives any of these; flags win over it."  # type: ignore[operator]
     if not missing:
-        return tyro.cli(TrainConfig, prog="bitbell train", args=rest, default=TrainConfig(**values), description=description)
+        return tyro.cli(
+            TrainConfig, prog="bitbell train", args=rest, default=TrainConfig(**values), description=description
+        )
     # tyro.MISSING keeps --data and --out required where the file does not give them.
     default = _unchecked(values | dict.fromkeys(missing, tyro.MISSING))
     return tyro.cli(TrainConfig, prog="bitbell train", args=rest, default=default, description=description)

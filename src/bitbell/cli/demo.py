@@ -1,4 +1,5 @@
-"""The whole road in one command: text -> full precision, BBQ, QuEST and LSQ side by side -> packed model -> text -> report."""
+"""The whole road in one command: text -> full precision, BBQ, QuEST and LSQ side by side -> packed model -> text ->
+report."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ CONTESTANTS = (
 
 
 def demo(out: str = "runs/demo", steps: int = 300, seed: int = 0) -> int:
-    """Train full precision, BBQ, QuEST and LSQ at 2 bits side by side, pack the BBQ model, generate from it, and report.
+    """Train full precision, BBQ, QuEST and LSQ at 2 bits side by side, pack the BBQ model, generate from it, and
+    report.
 
     Interrupted, the same command continues where it stopped; finished parts are not done again.
 

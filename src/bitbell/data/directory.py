@@ -65,15 +65,11 @@ def read_description(folder: Path) -> Description:
     if not isinstance(fields, dict) or fields.get("format") != FORMAT:
         raise ValueError(f'{file} does not describe a token data set: its "format" is not "{FORMAT}".')
     if fields.get("version") != VERSION:
-        raise ValueError(
-            f"{file} has format version {fields.get('version')}; this bitbell reads version {VERSION}."
-        )
+        raise ValueError(f"{file} has format version {fields.get('version')}; this bitbell reads version {VERSION}.")
     try:
         return _parse_description(fields)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"{file} is incomplete or wrong: {type(error).__name__}: {error}. {_TAKE_AGAIN}"
-        ) from error
+        raise ValueError(f"{file} is incomplete or wrong: {type(error).__name__}: {error}. {_TAKE_AGAIN}") from error
 
 
 def _parse_description(fields: dict[str, Any]) -> Description:
@@ -81,9 +77,7 @@ def _parse_description(fields: dict[str, Any]) -> Description:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {fields['dtype']!r}")
     vocab_size = _count(fields["vocab_size"], "vocab_size")
     splits = {name: _parse_split(name, fields["splits"][name]) for name in SPLITS}
-    return Description(
-        fields["dtype"], vocab_size, str(fields["tokenizer"]), splits, dict(fields["made_from"])
-    )
+    return Description(fields["dtype"], vocab_size, str(fields["tokenizer"]), splits, dict(fields["made_from"]))
 
 
 def _parse_split(name: str, fields: dict[str, Any]) -> SplitInfo:

@@ -29,8 +29,7 @@ class TokenDataset:
         self.path = path
         self.description = read_description(path)
         self._streams = {
-            name: TokenStream(path, split, self.description.dtype)
-            for name, split in self.description.splits.items()
+            name: TokenStream(path, split, self.description.dtype) for name, split in self.description.splits.items()
         }
         self._tokenizer: TextTokenizer | None = None
 
@@ -113,9 +112,7 @@ class Batches:
     ) -> None:
         _check_positive(batch_size=batch_size, sequence_length=sequence_length, world_size=world_size)
         if not 0 <= rank < world_size:
-            raise ValueError(
-                f"rank must be in 0 .. {world_size - 1} for world_size={world_size}, got rank={rank}."
-            )
+            raise ValueError(f"rank must be in 0 .. {world_size - 1} for world_size={world_size}, got rank={rank}.")
         tokens = _check_long_enough(dataset, split, sequence_length)
         self._dataset, self._split, self._length, self._seed = dataset, split, sequence_length, seed
         self._batch_size, self._rank, self._world_size = batch_size, rank, world_size

@@ -59,9 +59,7 @@ def open_shard(path: Path) -> np.ndarray:
     if header[: len(_MAGIC)] != _MAGIC:
         raise ValueError(f"{path} is no token shard of bitbell: it does not begin with {_MAGIC.decode()}.")
     if len(header) < _HEADER.size:
-        raise ValueError(
-            f"{path} is truncated: {size} bytes, and the header alone has {_HEADER.size}. {_TAKE_AGAIN}"
-        )
+        raise ValueError(f"{path} is truncated: {size} bytes, and the header alone has {_HEADER.size}. {_TAKE_AGAIN}")
     _, version, code, tokens, reserved = _HEADER.unpack(header)
     if version != VERSION or reserved != 0:
         raise ValueError(f"{path} has shard format version {version}; this bitbell reads version {VERSION}.")
@@ -88,8 +86,7 @@ def verify_shard(path: Path, listed: ShardInfo, vocab_size: int) -> None:
         if (largest := int(piece.max())) >= vocab_size:
             at = start + int(piece.argmax())
             raise ValueError(
-                f"{path} holds token {largest} at position {at}, outside the vocabulary of "
-                f"{vocab_size}. {_TAKE_AGAIN}"
+                f"{path} holds token {largest} at position {at}, outside the vocabulary of {vocab_size}. {_TAKE_AGAIN}"
             )
         digest.update(piece.tobytes())
     if digest.hexdigest() != listed.sha256:
@@ -152,6 +149,4 @@ def naming_the_file(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        raise OSError(
-            f"cannot write {path}: {reason}. Choose a place with space that you may write to."
-        ) from error
+        raise OSError(f"cannot write {path}: {reason}. Choose a place with space that you may write to.") from error

@@ -37,9 +37,7 @@ class Permutation:
         """Return what stands at these positions (integers in 0 .. size - 1), as int64 of the same length."""
         places = np.asarray(positions, dtype=np.int64)
         if places.size and not (places.min() >= 0 and places.max() < self.size):
-            raise ValueError(
-                f"positions must lie in 0 .. {self.size - 1}, got {places.min()} .. {places.max()}."
-            )
+            raise ValueError(f"positions must lie in 0 .. {self.size - 1}, got {places.min()} .. {places.max()}.")
         values = self._feistel(places.astype(np.uint64))
         while (outside := values >= self.size).any():
             values[outside] = self._feistel(values[outside])

@@ -88,14 +88,10 @@ def _expand(spec: str) -> list[Source]:
 def _files_in(folder: Path) -> list[Source]:
     inside = [(file.relative_to(folder), file) for file in folder.rglob("*") if file.is_file()]
     visible = sorted(
-        (name.as_posix(), file)
-        for name, file in inside
-        if not any(part.startswith(".") for part in name.parts)
+        (name.as_posix(), file) for name, file in inside if not any(part.startswith(".") for part in name.parts)
     )
     if not visible:
-        raise ValueError(
-            f"no files found in folder {str(folder)!r} (hidden ones are left out). Put text files there."
-        )
+        raise ValueError(f"no files found in folder {str(folder)!r} (hidden ones are left out). Put text files there.")
     return [Source(name, file) for name, file in visible]
 
 
@@ -140,9 +136,7 @@ def _lines(path: Path, limit: int = -1) -> Iterator[bytes]:
             while line := file.readline(limit):
                 yield line
     except _BAD_ARCHIVE as error:
-        raise ValueError(
-            f"{path} is damaged or no {path.suffix} file: {error}. Make or fetch it again."
-        ) from error
+        raise ValueError(f"{path} is damaged or no {path.suffix} file: {error}. Make or fetch it again.") from error
 
 
 def _text_documents(source: Source, block_lines: int) -> Iterator[Document]:
@@ -189,16 +183,12 @@ def _decode(block: bytes, path: Path, offset: int) -> str:
     """UTF-8 text of a block that starts `offset` bytes into the (decompressed) file."""
     advice = "Leave the file out, or convert it to UTF-8."
     if (zero := block.find(0)) >= 0:
-        raise ValueError(
-            f"{path} is a binary file, not text: NUL byte at byte offset {offset + zero}. {advice}"
-        )
+        raise ValueError(f"{path} is a binary file, not text: NUL byte at byte offset {offset + zero}. {advice}")
     try:
         return block.decode("utf-8")
     except UnicodeDecodeError as error:
         where = offset + error.start
-        raise ValueError(
-            f"{path} is not UTF-8 text: {error.reason} at byte offset {where}. {advice}"
-        ) from error
+        raise ValueError(f"{path} is not UTF-8 text: {error.reason} at byte offset {where}. {advice}") from error
 
 
 def _json_documents(source: Source, text_field: str) -> Iterator[Document]:
@@ -213,9 +203,7 @@ def _json_documents(source: Source, text_field: str) -> Iterator[Document]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise ValueError(
-                f"{place}: broken JSON ({error}). Every line must be one whole JSON object."
-            ) from error
+            raise ValueError(f"{place}: broken JSON ({error}). Every line must be one whole JSON object.") from error
         if not isinstance(row, dict):
             raise ValueError(f"{place}: a JSON object is needed, got {type(row).__name__}.")
         if text_field not in row:
@@ -228,9 +216,7 @@ def _parquet_documents(source: Source, text_field: str) -> Iterator[Document]:
         import pyarrow as arrow
         import pyarrow.parquet as parquet
     except ImportError as error:
-        raise ValueError(
-            f"{source.path} is a Parquet file, and pyarrow is not installed. {_INSTALL}"
-        ) from error
+        raise ValueError(f"{source.path} is a Parquet file, and pyarrow is not installed. {_INSTALL}") from error
     try:
         file = parquet.ParquetFile(source.path)
     except arrow.ArrowException as error:
@@ -251,9 +237,7 @@ def _parquet_rows(file: Any, source: Source, text_field: str) -> Iterator[Docume
                 yield from _document(value, f"{source.path}, row {row}", text_field)
                 row += 1
     except (ArrowException, UnicodeDecodeError, OSError) as error:
-        raise ValueError(
-            f"{source.path} is damaged near row {row}: {error}. Make or fetch it again."
-        ) from error
+        raise ValueError(f"{source.path} is damaged near row {row}: {error}. Make or fetch it again.") from error
 
 
 def _hub_documents(source: Source, text_field: str) -> Iterator[Document]:
@@ -272,15 +256,11 @@ def _hub_records(spec: str) -> Iterator[dict[str, Any]]:
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise ValueError(
-            f"{spec} is read by the package datasets, which is not installed. {_INSTALL}"
-        ) from error
+        raise ValueError(f"{spec} is read by the package datasets, which is not installed. {_INSTALL}") from error
     try:
         yield from load_dataset(name, config or None, split=split or "train", streaming=True)
     except Exception as error:  # network, a wrong name or split: many types, one answer
-        raise ValueError(
-            f"{spec} cannot be read: {error}. Check name, config, split and connection."
-        ) from error
+        raise ValueError(f"{spec} cannot be read: {error}. Check name, config, split and connection.") from error
 
 
 def _document(value: object, place: str, text_field: str) -> Iterator[Document]:

@@ -91,8 +91,7 @@ class Settings:
         check_tokenizer_spec(self.tokenizer)
         if not 1e-6 <= self.valid_fraction <= 0.5:
             raise ValueError(
-                f"valid_fraction must be in 0.000001 .. 0.5, got {self.valid_fraction}. "
-                "0.05 holds out one twentieth."
+                f"valid_fraction must be in 0.000001 .. 0.5, got {self.valid_fraction}. 0.05 holds out one twentieth."
             )
         if self.shard_tokens < 1:
             raise ValueError(f"shard_tokens must be at least 1, got {self.shard_tokens}.")

@@ -174,9 +174,7 @@ def _open_tokenizer(path: Path) -> TextTokenizer:
         raise ValueError(f"{file} is no tokenizer that the tokenizers library can open: {error}.") from error
     config_file = file.parent / CONFIG_FILE
     config = _read_config(config_file) if config_file.is_file() else {"clean_up_tokenization_spaces": False}
-    return TextTokenizer(
-        backend, path.resolve().name, {"tokenizer_class": "PreTrainedTokenizerFast", **config}
-    )
+    return TextTokenizer(backend, path.resolve().name, {"tokenizer_class": "PreTrainedTokenizerFast", **config})
 
 
 def _read_config(file: Path) -> dict[str, Any]:
@@ -185,9 +183,7 @@ def _read_config(file: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{file} is no JSON: {error}. Restore the file, or remove it.") from error
     if not isinstance(config, dict):
-        raise ValueError(
-            f"{file} must hold a JSON object, got {type(config).__name__}. Restore or remove it."
-        )
+        raise ValueError(f"{file} must hold a JSON object, got {type(config).__name__}. Restore or remove it.")
     return config
 
 

@@ -17,7 +17,8 @@ from bitbell.quantizers import code_histogram, entropy_of
 
 @dataclass(frozen=True)
 class LayerCodes:
-    """Codes of one layer. Histograms count each code 0 .. 2**bits - 1; entropies are in bits; bytes as fp32 and as packed."""
+    """Codes of one layer. Histograms count each code 0 .. 2**bits - 1; entropies are in bits; bytes as fp32 and as
+    packed."""
 
     name: str
     shape: tuple[int, int]
@@ -36,7 +37,8 @@ class LayerCodes:
 def weight_entropies(model: nn.Module) -> dict[str, float]:
     """Entropy, in bits, of each quantized layer's weight codes."""
     return {
-        name: entropy_of(code_histogram(layer.weight_codes(), layer.recipe.weights)) for name, layer in quantized_layers(model)
+        name: entropy_of(code_histogram(layer.weight_codes(), layer.recipe.weights))
+        for name, layer in quantized_layers(model)
     }
 
 
@@ -47,7 +49,8 @@ def mean_entropy(entropies: Mapping[str, float]) -> float | None:
 
 @torch.no_grad()
 def layer_codes(model: nn.Module, batches: Sequence[Tensor] = ()) -> list[LayerCodes]:
-    """Codes of every quantized layer; those of activations are gathered from forward passes over `batches` (B, T) of ids."""
+    """Codes of every quantized layer; those of activations are gathered from forward passes over `batches` (B, T) of
+    ids."""
     inputs = _activation_histograms(model, batches) if batches else {}
     rows = []
     for name, layer in quantized_layers(model):

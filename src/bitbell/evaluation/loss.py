@@ -1,7 +1,8 @@
 """Loss of a causal language model on windows of tokens, and what follows from it.
 
-Windows are fixed and every token is predicted from the tokens before it in its window, so the result does not depend on how
-windows are grouped into batches (as long as the model itself does not: BBQ with a whole-tensor RMS does, BBQ-Fast does not).
+Windows are fixed and every token is predicted from the tokens before it in its window, so the result does not depend
+on how windows are grouped into batches (as long as the model itself does not: BBQ with a whole-tensor RMS does,
+BBQ-Fast does not).
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class LanguageModelLoss:
-    """loss: mean negative log likelihood of a token, nats. bits_per_byte: per UTF-8 byte of the text the tokens stand for."""
+    """loss: mean negative log likelihood of a token, nats. bits_per_byte: per UTF-8 byte of the text the tokens stand
+    for."""
 
     loss: float
     tokens: int
@@ -27,7 +29,7 @@ class LanguageModelLoss:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.loss) if self.loss < 700 else math.inf
+        return math.inf if self.loss >= 700 else math.exp(self.loss)  # exp overflows; NaN stays NaN
 
     @property
     def bits_per_byte(self) -> float:
@@ -35,7 +37,8 @@ class LanguageModelLoss:
 
 
 def logits_of(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Logits (B, T, vocabulary) of token ids (B, T): a Hugging Face model's `.logits`, or what any other model returns."""
+    """Logits (B, T, vocabulary) of token ids (B, T): a Hugging Face model's `.logits`, or what any other model
+    returns."""
     extra: dict[str, Any] = {"use_cache": False} if hasattr(model, "config") else {}
     out = model(tokens, **extra)
     return out.logits if hasattr(out, "logits") else out
@@ -52,7 +55,8 @@ def measure_loss(
 ) -> LanguageModelLoss:
     """Loss over `windows` (N, T + 1) of token ids: each window's first T tokens predict its last T.
 
-    The model is put in evaluation mode for the while. precision: bfloat16 runs under autocast. Raises ValueError for no windows.
+    The model is put in evaluation mode for the while. precision: bfloat16 runs under autocast. Raises ValueError for
+    no windows.
     """
     if windows.dim() != 2 or not windows.shape[0] or windows.shape[1] < 2:
         raise ValueError(f"windows must be (N, T + 1) with N and T at least 1, got {tuple(windows.shape)}")

@@ -45,19 +45,19 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate a full-precision, quantized or packed causal language model on a split of a token data set.
 
-    limit: number of windows at most (None: all). Activation entropies come from the first few windows. Raises ValueError where
-    the split is shorter than a sequence or the model's vocabulary smaller than the data's.
+    limit: number of windows at most (None: all). Activation entropies come from the first few windows. Raises
+    ValueError where the split is shorter than a sequence or the model's vocabulary smaller than the data's.
     """
     from bitbell.data import windows
 
     data = windows(dataset, split, sequence_length=sequence_length, limit=limit)
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
     if vocabulary is not None and vocabulary < dataset.vocab_size:
-        raise ValueError(f"the data's tokens go up to {dataset.vocab_size - 1}, the model's vocabulary has only {vocabulary}")
+        raise ValueError(
+            f"the data's tokens go up to {dataset.vocab_size - 1}, the model's vocabulary has only {vocabulary}"
+        )
     bytes_per_token = dataset.num_bytes(split) / dataset.num_tokens(split)
-    measured = measure_loss(
-        model, data, bytes_per_token=bytes_per_token, batch_size=batch_size, precision=precision
-    )
+    measured = measure_loss(model, data, bytes_per_token=bytes_per_token, batch_size=batch_size, precision=precision)
     layers = layer_codes(model, data[: 4 * batch_size, :-1].split(batch_size))
     return Evaluation(
         loss=measured.loss,

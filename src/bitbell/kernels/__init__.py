@@ -1,7 +1,7 @@
 """The maths as operators: rotate, pack, unpack, integer product.
 
-Every operator has one plain-PyTorch definition in `operators`; faster backends register on top of it and are held against
-it by the same tests.
+Every operator has one plain-PyTorch definition in `operators`; faster backends register on top of it and are held
+against it by the same tests.
 """
 
 from bitbell.kernels.operators import (

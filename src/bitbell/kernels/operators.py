@@ -5,8 +5,8 @@
     unpack_codes       words                  -> codes
     integer_product    a (M, K), b (N, K) int8 -> a @ b.T (M, N) int32, exact
 
-`rotate` is an ordinary composition of PyTorch operations, so that autograd and the compiler see through it. The other three
-are registered with `torch.library` under `bitbell::`; a faster kernel registers itself for a device with
+`rotate` is an ordinary composition of PyTorch operations, so that autograd and the compiler see through it. The other
+three are registered with `torch.library` under `bitbell::`; a faster kernel registers itself for a device with
 `pack_codes.register_kernel(...)` and must return the same integers, bit for bit.
 """
 
@@ -31,8 +31,8 @@ def rotation_block(width: int, at_most: int = ROTATION_BLOCK) -> int:
     if block < min(SMALLEST_ROTATION_BLOCK, at_most):
         raise ValueError(
             f"a width of {width} cannot be rotated: the largest power of two that divides it is {block}, and at least "
-            f"{SMALLEST_ROTATION_BLOCK} is needed. Choose a width that is a multiple of {at_most}, or switch the rotation "
-            "off for this layer with rotation=None"
+            f"{SMALLEST_ROTATION_BLOCK} is needed. Choose a width that is a multiple of {at_most}, or switch the "
+            "rotation off for this layer with rotation=None"
         )
     return block
 
@@ -100,8 +100,8 @@ def _check_bits(bits: int) -> None:
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
     """Pack `codes` (R, C) uint8, each below 2**bits, into (R, packed_words(C, bits)) int32.
 
-    Code i of a row occupies bits i*bits .. (i+1)*bits - 1 of the row's little-endian bit stream, whatever the width: three
-    bits cost three bits. The last word is padded with zeros. Raises ValueError for a code that does not fit.
+    Code i of a row occupies bits i*bits .. (i+1)*bits - 1 of the row's little-endian bit stream, whatever the width:
+    three bits cost three bits. The last word is padded with zeros. Raises ValueError for a code that does not fit.
     """
     _check_bits(bits)
     if codes.dtype != torch.uint8 or codes.dim() != 2:
@@ -164,8 +164,8 @@ def _(a: Tensor, b: Tensor) -> Tensor:
 def _integer_product_cpu(a: Tensor, b: Tensor) -> Tensor:
     """The same integers from the CPU's fast products.
 
-    With VNNI, `torch._int_mm` is the int8 product. Without it that function is slower than float32 by a factor of ten, while
-    float32 is exact as long as every partial sum stays below 2**24: blocks of 1024 columns do.
+    With VNNI, `torch._int_mm` is the int8 product. Without it that function is slower than float32 by a factor of
+    ten, while float32 is exact as long as every partial sum stays below 2**24: blocks of 1024 columns do.
     """
     _check_operands(a, b)
     if _has_vnni() and a.shape[0] and b.shape[0] and a.shape[1]:
@@ -184,7 +184,9 @@ def _has_vnni() -> bool:
 
 def _check_operands(a: Tensor, b: Tensor) -> None:
     if a.dtype != torch.int8 or b.dtype != torch.int8 or a.dim() != 2 or b.dim() != 2:
-        raise ValueError(f"integer_product takes two int8 matrices, got {a.dtype} {tuple(a.shape)} and {b.dtype} {tuple(b.shape)}")
+        raise ValueError(
+            f"integer_product takes two int8 matrices, got {a.dtype} {tuple(a.shape)} and {b.dtype} {tuple(b.shape)}"
+        )
     if a.shape[1] != b.shape[1] or a.shape[1] >= 1 << 17:
         raise ValueError(
             f"integer_product takes (M, K) and (N, K) with the same K of at most {(1 << 17) - 1}, "

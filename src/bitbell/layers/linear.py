@@ -17,8 +17,8 @@ from bitbell.quantizers import Quantized, Quantizer
 class SharedInput:
     """Quantizes once what several layers are fed: q, k and v, or gate and up, share one activation quantizer.
 
-    The result is kept from the first layer's call until the last one's, and is used only for the very same tensor, unchanged,
-    under the same modes and scale, and once a layer; anything else is quantized anew.
+    The result is kept from the first layer's call until the last one's, and is used only for the very same tensor,
+    unchanged, under the same modes and scale, and once a layer; anything else is quantized anew.
     """
 
     def __init__(self, quantizer: Quantizer, num_layers: int) -> None:
@@ -101,7 +101,12 @@ class QuantLinear(nn.Linear, QuantizedLayer):
     def from_linear(cls, linear: nn.Linear, recipe: Recipe | str) -> QuantLinear:
         """The quantized layer around the very parameters of `linear`."""
         layer = cls(
-            linear.in_features, linear.out_features, recipe, linear.bias is not None, device="meta", dtype=linear.weight.dtype
+            linear.in_features,
+            linear.out_features,
+            recipe,
+            linear.bias is not None,
+            device="meta",
+            dtype=linear.weight.dtype,
         )
         layer.weight, layer.bias = linear.weight, linear.bias
         rows, width = linear.out_features, linear.in_features

@@ -2,8 +2,9 @@
 
     y = (levels_x . levels_w^T) * step_w * step_x
 
-Levels are small integers or half-integers, so float32 (and bfloat16 operands with a float32 sum) multiply them exactly; only
-the two steps round. For the backward pass it keeps codes (one byte an element) instead of float tensors.
+Levels are small integers or half-integers, so float32 (and bfloat16 operands with a float32 sum) multiply them
+exactly; only the two steps round. For the backward pass it keeps codes (one byte an element) instead of float
+tensors.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from bitbell.quantizers import Quantized
 
 
 def integer_linear(x: Quantized, w: Quantized, x_zero_point: float, w_zero_point: float, dtype: torch.dtype) -> Tensor:
-    """Multiply quantized `x` (..., I) by quantized `w` (O, I) transposed: (..., O) in `dtype`, differentiable in both values."""
+    """Multiply quantized `x` (..., I) by quantized `w` (O, I) transposed: (..., O) in `dtype`, differentiable in both
+    values."""
     return _IntegerLinear.apply(x.values, w.values, x.codes, w.codes, x.step, w.step, x_zero_point, w_zero_point, dtype)
 
 

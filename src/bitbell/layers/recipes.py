@@ -71,7 +71,9 @@ class Recipe:
         """The recipe that a name like "bbq-w2a2" stands for; a16 leaves activations alone. Raises ValueError."""
         found = re.fullmatch(r"([a-z0-9-]+?)-w(\d+)a(\d+)", name)
         if not found:
-            raise ValueError(f"a recipe is named like 'bbq-w2a2' or 'quest-w4a16' (variant-w<bits>a<bits>), got {name!r}")
+            raise ValueError(
+                f"a recipe is named like 'bbq-w2a2' or 'quest-w4a16' (variant-w<bits>a<bits>), got {name!r}"
+            )
         variant, weights, activations = found[1], int(found[2]), int(found[3])
         if variant not in VARIANTS:
             close = difflib.get_close_matches(variant, VARIANTS, n=1)
@@ -132,9 +134,7 @@ class Recipe:
 
     def __repr__(self) -> str:
         changed = {
-            f.name: getattr(self, f.name)
-            for f in dataclasses.fields(self)
-            if getattr(self, f.name) not in ("auto", {})
+            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) not in ("auto", {})
         }
         return f"Recipe({', '.join(f'{name}={value!r}' for name, value in changed.items())})"
 

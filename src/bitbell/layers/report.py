@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -12,7 +13,8 @@ from bitbell.layers.swap import quantized_layers
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One layer: its setting, its bytes as stored now and as packed, and why it was left alone (empty if it was not)."""
+    """One layer: its setting, its bytes as stored now and as packed, and why it was left alone (empty if it was
+    not)."""
 
     name: str
     shape: tuple[int, ...]
@@ -52,17 +54,22 @@ class QuantizationReport:
         total = ("total", "", "", f"{self.bytes_now:,}", f"{self.bytes_packed:,}", "")
         widths = [max(len(line[i]) for line in (head, *body, total)) for i in range(len(head))]
         lines = [
-            "  ".join(cell.rjust(w) if 3 <= i <= 4 else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
+            "  ".join(
+                cell.rjust(w) if 3 <= i <= 4 else cell.ljust(w)
+                for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+            )
             for line in (head, *body, total)
         ]
         return "\n".join(line.rstrip() for line in lines)
 
 
 def report(model: nn.Module) -> QuantizationReport:
-    """Every layer of `model` with parameters of its own: setting, bytes now, bytes packed, and why it was left alone."""
+    """Every layer of `model` with parameters of its own: setting, bytes now, bytes packed, and why it was left
+    alone."""
     reasons: dict[str, str] = model.__dict__.get("kept_in_full_precision", {})
     quantized = dict(quantized_layers(model))
-    rows, seen = [], set()
+    rows: list[LayerRow] = []
+    seen: set[int] = set()
     for name, module in model.named_modules():
         inside_quantized = any(name.startswith(f"{layer}.") for layer in quantized)
         own = [p for p in module.parameters(recurse=False) if id(p) not in seen]
@@ -70,12 +77,14 @@ def report(model: nn.Module) -> QuantizationReport:
             continue
         seen.update(id(p) for p in own)
         rows.append(
-            _quantized_row(name, quantized[name]) if name in quantized else _kept_row(name, module, own, reasons.get(name, ""))
+            _quantized_row(name, quantized[name])
+            if name in quantized
+            else _kept_row(name, module, own, reasons.get(name, ""))
         )
     return QuantizationReport(tuple(rows))
 
 
-def _quantized_row(name: str, layer: nn.Linear) -> LayerRow:
+def _quantized_row(name: str, layer: Any) -> LayerRow:
     rows, columns = layer.out_features, layer.in_features
     bits = layer.recipe.weights
     bias = rows * 4 if layer.bias is not None else 0

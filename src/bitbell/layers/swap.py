@@ -2,9 +2,9 @@
 
     rules = {"*.mlp.*": Recipe("bbq", weights=2, activations=4), "lm_head": None, "*": "bbq-w4a4"}
 
-Patterns are shell-style and match full module names; `re:` starts a regular expression. The first match wins. None leaves a
-layer alone. Only plain `nn.Linear` layers are swapped; a subclass may be read past its `forward`, so it is left alone, with the
-reason. The output head keeps full precision unless a pattern other than "*" names it.
+Patterns are shell-style and match full module names; `re:` starts a regular expression. The first match wins. None
+leaves a layer alone. Only plain `nn.Linear` layers are swapped; a subclass may be read past its `forward`, so it is
+left alone, with the reason. The output head keeps full precision unless a pattern other than "*" names it.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ HEAD_NAMES = ("lm_head", "embed_out", "head", "classifier", "score")
 def quantize(model: nn.Module, rules: Rules, *, share_inputs: bool = True) -> nn.Module:
     """Swap the linear layers of `model` for quantized ones, in place, and return it.
 
-    rules: a recipe, its name, or an ordered mapping pattern -> recipe, name or None. share_inputs: let q/k/v and gate/up
-    projections of one block share one activation quantizer. The result must see `bitbell.calibrate(model, batch)` before its
-    first forward pass. Raises ValueError for a rule that matches nothing, for a layer that cannot be rotated, and for a model
-    that is quantized already.
+    rules: a recipe, its name, or an ordered mapping pattern -> recipe, name or None. share_inputs: let q/k/v and
+    gate/up projections of one block share one activation quantizer. The result must see `bitbell.calibrate(model,
+    batch)` before its first forward pass. Raises ValueError for a rule that matches nothing, for a layer that cannot
+    be rotated, and for a model that is quantized already.
     """
     if any(isinstance(module, QuantizedLayer) for module in model.modules()):
         raise ValueError("this model is quantized already; quantize() works on a full-precision model, once")
@@ -134,8 +134,9 @@ def _plan(model: nn.Module, rules: list[tuple[str, Recipe | None]]) -> tuple[dic
 
 def _head_name(model: nn.Module) -> str | None:
     """The name of the output head: what the model says it is, or the last linear layer if it is called like one."""
-    if callable(getattr(model, "get_output_embeddings", None)):
-        head = model.get_output_embeddings()
+    ask: Any = getattr(model, "get_output_embeddings", None)
+    if ask is not None:
+        head = ask()
         return next((name for name, module in model.named_modules() if module is head), None)
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     return linears[-1] if linears and linears[-1].rpartition(".")[2] in HEAD_NAMES else None
@@ -149,7 +150,9 @@ def _check_rules(model: nn.Module, rules: list[tuple[str, Recipe | None]], plan:
         if not any(_matches(pattern, name) for name in candidates):
             close = difflib.get_close_matches(pattern, linears, n=1, cutoff=0.3)
             example = (close or linears or ["(none)"])[0]
-            raise ValueError(f"rule {pattern!r} matches no linear layer of the model. Its layers are called e.g. {example!r}")
+            raise ValueError(
+                f"rule {pattern!r} matches no linear layer of the model. Its layers are called e.g. {example!r}"
+            )
 
 
 def _first_reasons(kept: dict[str, str]) -> str:
@@ -162,7 +165,9 @@ def _sibling_groups(layers: Mapping[str, nn.Module]) -> Iterator[list[QuantLinea
     for parent in parents:
         for siblings in SIBLINGS:
             group = [layers.get(f"{parent}.{child}" if parent else child) for child in siblings]
-            found = [layer for layer in group if isinstance(layer, QuantLinear) and layer.activation_quantizer is not None]
+            found = [
+                layer for layer in group if isinstance(layer, QuantLinear) and layer.activation_quantizer is not None
+            ]
             alike = {(layer.in_features, layer.recipe.name, str(layer.recipe)) for layer in found}
             if len(found) == len(siblings) and len(alike) == 1:
                 yield found
@@ -186,9 +191,10 @@ def quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:
 def calibrate(model: nn.Module, batch: Any, *, again: bool = False) -> nn.Module:
     """Set every quantizer's scale from the weights and from one forward pass over `batch`; return the model.
 
-    batch: what the model is called with: a tensor, a tuple of arguments or a dict of keywords. Each layer is calibrated on
-    what the quantized layers before it put out. again: also those that are calibrated already. The model is left in its mode.
-    Raises ValueError naming the layer if its weight or input is empty or not finite, or if `batch` does not reach it.
+    batch: what the model is called with: a tensor, a tuple of arguments or a dict of keywords. Each layer is
+    calibrated on what the quantized layers before it put out. again: also those that are calibrated already. The
+    model is left in its mode. Raises ValueError naming the layer if its weight or input is empty or not finite, or if
+    `batch` does not reach it.
     """
     fed: dict[int, tuple[str, Tensor]] = {}
     done: set[int] = set()
@@ -231,7 +237,9 @@ def calibrate(model: nn.Module, batch: Any, *, again: bool = False) -> nn.Module
             hook.remove()
     missed = [name for name, quantizer in quantizers(model) if not bool(quantizer.calibrated)]
     if missed:
-        raise ValueError(f"the batch did not reach {len(missed)} quantizers, so they have no scale: {', '.join(missed[:3])} ...")
+        raise ValueError(
+            f"the batch did not reach {len(missed)} quantizers, so they have no scale: {', '.join(missed[:3])} ..."
+        )
     return model
 
 

@@ -1,7 +1,7 @@
 """Named model sizes as `transformers` configurations; bitbell has no model code of its own.
 
-The sizes are those of the BBQ and QuEST papers (non-embedding parameters; head dimension 128, untied head, no biases) and a
-`tiny` one that trains in minutes on two CPU cores.
+The sizes are those of the BBQ and QuEST papers (non-embedding parameters; head dimension 128, untied head, no biases)
+and a `tiny` one that trains in minutes on two CPU cores.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ def llama_config(name: str, *, vocab_size: int | None = None, sequence_length: i
 
 
 def build_model(name: str, *, vocab_size: int | None = None, sequence_length: int = 512, seed: int = 0) -> nn.Module:
-    """A randomly initialised causal language model of a preset: N(0, 0.02), outputs of a block N(0, 0.02 / sqrt(2 layers)).
+    """A randomly initialised causal language model of a preset: N(0, 0.02), outputs of a block N(0, 0.02 / sqrt(2
+    layers)).
 
     The same seed gives the same weights. Source: BBQ's published training code.
     """

@@ -26,10 +26,13 @@ from bitbell.packing.model import PackedModel, shared_groups
 FORMAT_VERSION = 1
 QUANT_METHOD = "bitbell"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # of one model or another
+LARGEST_UNSAVED_BUFFERS = 2**28  # bytes; rotary tables and the like, which a model builds and the file does not hold
 
 
 class PackedFileError(ValueError):
-    """A packed directory is damaged, foreign or of another version; the message names the file, the tensor and the problem."""
+    """A packed directory is damaged, foreign or of another version; the message names the file, the tensor and the
+    problem."""
 
 
 def save(
@@ -37,40 +40,77 @@ def save(
 ) -> Path:
     """Write `packed` to `directory`. tokenizer: a folder (a run, a data set) whose tokenizer files travel along.
 
-    Raises ValueError if the directory holds something already (and `overwrite` is not set, or it is no packed model), and
-    OSError naming it if it cannot be written; nothing half-written is left behind.
+    Raises ValueError if the directory holds something already (and `overwrite` is not set, or it is no packed model) or if the
+    folder has no tokenizer, and OSError if it cannot be written; nothing half-written is left behind.
     """
-    from safetensors.torch import save_file
-
-    target = Path(directory)
+    target = Path(directory).resolve()
     _check_target(target, overwrite)
+    if tokenizer is not None and not (Path(tokenizer) / TOKENIZER_FILES[0]).is_file():
+        raise ValueError(
+            f"{tokenizer} holds no {TOKENIZER_FILES[0]}; give a folder that has one, or leave tokenizer out"
+        )
     partial = target.with_name(target.name + ".partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        tensors = {name: t.detach().cpu().contiguous().clone() for name, t in packed.model.state_dict().items()}
-        save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
-        (partial / "config.json").write_text(json.dumps(describe(packed), indent=2) + "\n", encoding="utf-8")
-        for name in TOKENIZER_FILES:
-            if tokenizer is not None and (source := Path(tokenizer) / name).exists():
-                shutil.copyfile(source, partial / name)
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(partial, target)
+        _write(packed, partial, tokenizer)
+        _put_in_place(partial, target)
     except Exception as error:  # safetensors has errors of its own beside OSError
-        shutil.rmtree(partial, ignore_errors=True)
         raise OSError(f"could not write the packed model to {target}: {error}") from error
-    return target
+    finally:  # also when interrupted
+        shutil.rmtree(partial, ignore_errors=True)
+    return Path(directory)
+
+
+def _write(packed: PackedModel, folder: Path, tokenizer: str | Path | None) -> None:
+    from safetensors.torch import save_file
+
+    tied = _tied_tensors(packed.model)
+    state = packed.model.state_dict()
+    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in state.items() if name not in tied}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(describe(packed), indent=2) + "\n", encoding="utf-8")
+    for name in TOKENIZER_FILES:
+        if tokenizer is not None and (source := Path(tokenizer) / name).exists():
+            shutil.copyfile(source, folder / name)
+
+
+def _put_in_place(partial: Path, target: Path) -> None:
+    """Rename `partial` to `target`; what is there is removed only once the new one has taken its place."""
+    old = target.with_name(target.name + ".old")
+    if target.exists():
+        os.replace(target, old)
+    try:
+        os.replace(partial, target)
+    except OSError:
+        if old.exists():
+            os.replace(old, target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _tied_tensors(model: nn.Module) -> dict[str, str]:
+    """Name -> stored name of each tensor that hangs in the model under another name already: tied embeddings, a shared layer."""
+    first: dict[int, str] = {}
+    names = {name: first.setdefault(id(t), name) for name, t in model.state_dict(keep_vars=True).items()}
+    return {name: stored for name, stored in names.items() if name != stored}
 
 
 def _check_target(target: Path, overwrite: bool) -> None:
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
-    is_packed = (target / "config.json").is_file() and "quantization_config" in (target / "config.json").read_text("utf-8")
-    if not is_packed:
+    if not _is_packed(target):
         raise ValueError(f"{target} exists and is no packed model; choose another directory")
     if not overwrite:
         raise ValueError(f"{target} holds a packed model already; choose another directory or ask to overwrite it")
+
+
+def _is_packed(folder: Path) -> bool:
+    """Whether `folder` is ours to overwrite: a config.json whose quant_method is bitbell's."""
+    try:
+        return bool(_read_config(folder)["quantization_config"].get("quant_method") == QUANT_METHOD)
+    except PackedFileError:
+        return False
 
 
 def describe(packed: PackedModel) -> dict[str, Any]:
@@ -89,7 +129,8 @@ def describe(packed: PackedModel) -> dict[str, Any]:
             "weight_zero_point": layer.weight_zero_point,
             "bias": layer.bias is not None,
         }
-    config = packed.model.config.to_dict() if hasattr(packed.model, "config") else {}
+    inner: Any = packed.model
+    config = inner.config.to_dict() if hasattr(inner, "config") else {}
     quantization = {
         "quant_method": QUANT_METHOD,
         "format_version": FORMAT_VERSION,
@@ -97,6 +138,7 @@ def describe(packed: PackedModel) -> dict[str, Any]:
         "recipes": recipes,
         "layers": entries,
         "shared_inputs": shared_groups(layers),
+        "tied_tensors": _tied_tensors(packed.model),
     }
     return config | {"quantization_config": quantization}
 
@@ -104,22 +146,26 @@ def describe(packed: PackedModel) -> dict[str, Any]:
 def load(directory: str | Path, *, model: nn.Module | None = None) -> PackedModel:
     """Read a packed directory.
 
-    model: for what is no Hugging Face causal language model, an instance of the same full-precision architecture; its linear
-    layers are replaced in place. Raises PackedFileError (a ValueError) naming file, tensor and problem for a directory that is
-    damaged, of another version, or not what its own configuration says.
+    model: for what is no Hugging Face causal language model, an instance of the same full-precision architecture; its
+    linear layers are replaced in place. Raises PackedFileError (a ValueError) naming file, tensor and problem for a
+    directory that is damaged, of another version, or not what its own configuration says.
     """
     folder = Path(directory)
     config = _read_config(folder)
     quantization = _check_quantization(folder, config)
     header = _read_header(folder / "model.safetensors")
+    tied = _check_tied(folder, quantization, header)
+    header |= {name: header[stored] for name, stored in tied.items()}
     build = (lambda: model) if model is not None else _hugging_face_builder(folder, config, len(header))
     if model is None:
         # Nothing of the claimed size is allocated before the file has shown that it holds that much.
         with torch.device("meta"):
-            _check_tensors(folder, _with_packed_layers(folder, build(), quantization), header)
+            outline = _with_packed_layers(folder, build(), quantization)
+        _check_tensors(folder, outline, header)
+        _check_unsaved_buffers(folder, outline)
     twin = _with_packed_layers(folder, build(), quantization)
     _check_tensors(folder, twin, header)
-    twin.load_state_dict(_read_tensors(folder / "model.safetensors"), assign=True)
+    twin.load_state_dict(_read_tensors(folder / "model.safetensors", twin, tied), assign=True)
     _check_values(folder, twin)
     return PackedModel(twin.requires_grad_(False))
 
@@ -130,7 +176,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise PackedFileError(f"{folder} is not a packed model: {path} cannot be read ({error.strerror})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PackedFileError(f"{path} is no valid JSON: {error}") from None
     if not isinstance(config, dict) or not isinstance(config.get("quantization_config"), dict):
         raise PackedFileError(f"{path} has no quantization_config, so {folder} is not a packed model")
@@ -142,7 +188,9 @@ def _check_quantization(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     quantization: dict[str, Any] = config["quantization_config"]
     where = folder / "config.json"
     if quantization.get("quant_method") != QUANT_METHOD:
-        raise PackedFileError(f"{where}: quant_method is {quantization.get('quant_method')!r}, bitbell reads {QUANT_METHOD!r}")
+        raise PackedFileError(
+            f"{where}: quant_method is {quantization.get('quant_method')!r}, bitbell reads {QUANT_METHOD!r}"
+        )
     if quantization.get("format_version") != FORMAT_VERSION:
         raise PackedFileError(
             f"{where}: format_version is {quantization.get('format_version')!r}, this bitbell reads {FORMAT_VERSION}"
@@ -152,10 +200,30 @@ def _check_quantization(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
         raise PackedFileError(f"{where}: quantization_config needs recipes, layers and shared_inputs")
     for name, entry in layers.items():
         _check_entry(f"{where}, layer {name!r}", entry, len(recipes))
-    for group in groups:
-        if not isinstance(group, list) or len(group) < 2 or not all(name in layers for name in group):
-            raise PackedFileError(f"{where}: shared_inputs {group!r} is no list of two or more known layers")
+    _check_groups(where, groups, layers)
     return quantization
+
+
+def _check_groups(where: Path, groups: list[Any], layers: dict[str, Any]) -> None:
+    seen: set[str] = set()
+    for group in groups:
+        if not isinstance(group, list) or len(group) < 2 or not all(isinstance(n, str) and n in layers for n in group):
+            raise PackedFileError(f"{where}: shared_inputs {group!r} is no list of two or more known layers")
+        if len(set(group)) < len(group) or seen & set(group):
+            raise PackedFileError(f"{where}: shared_inputs {group!r} names a layer that has a group already")
+        seen |= set(group)
+
+
+def _check_tied(folder: Path, quantization: dict[str, Any], header: Mapping[str, Any]) -> dict[str, str]:
+    """tied_tensors: name -> the name that the tensor is stored under."""
+    tied: Any = quantization.get("tied_tensors", {})
+    where = f"{folder / 'config.json'}: tied_tensors"
+    if not isinstance(tied, dict):
+        raise PackedFileError(f"{where} must be an object, got {tied!r}")
+    for name, stored in tied.items():
+        if name in header or not isinstance(stored, str) or stored not in header:
+            raise PackedFileError(f"{where} says that {name} is stored as {stored!r}, which the file does not bear out")
+    return tied
 
 
 def _check_entry(where: str, entry: Any, num_recipes: int) -> None:
@@ -175,40 +243,66 @@ def _hugging_face_builder(folder: Path, config: dict[str, Any], num_tensors: int
     from transformers import AutoConfig, AutoModelForCausalLM
 
     where = folder / "config.json"
-    depth = config.get("num_hidden_layers", 0)
-    if type(depth) is not int or not 0 <= depth <= num_tensors:
-        raise PackedFileError(f"{where}: num_hidden_layers is {depth!r}, but the file holds {num_tensors} tensors")
-    plain = {k: v for k, v in config.items() if k not in ("quantization_config", "auto_map", "architectures", "model_type")}
+    for name in DEPTHS:
+        _check_depth(where, config.get(name, 0), num_tensors)
     try:
-        architecture = AutoConfig.for_model(config["model_type"], **plain)
-    except (KeyError, ValueError, TypeError) as error:
+        architecture = AutoConfig.for_model(config.get("model_type"), **_without_code(config))
+        _check_depth(where, getattr(architecture, "num_hidden_layers", 0), num_tensors)
+    except PackedFileError:
+        raise
+    except Exception as error:  # whatever transformers raises for a field of a wrong type
         raise PackedFileError(
-            f"{where}: model_type {config.get('model_type')!r} is not one that this transformers knows ({error}); "
-            "for a model of your own, pass bitbell.load(directory, model=...)"
+            f"{where}: model_type {config.get('model_type')!r} with these fields is not one that this transformers knows "
+            f"({error}); for a model of your own, pass bitbell.load(directory, model=...)"
         ) from None
 
     def build() -> nn.Module:
         try:
             return AutoModelForCausalLM.from_config(architecture)
-        except (ValueError, TypeError, RuntimeError) as error:
+        except Exception as error:  # likewise
             raise PackedFileError(f"{where}: no model can be built from it: {error}") from None
 
     return build
 
 
+# Beside code, transformers would fetch attention kernels by name, and make label tables of any length.
+_NOT_ARCHITECTURE = {
+    "quantization_config",
+    "auto_map",
+    "architectures",
+    "model_type",
+    "num_labels",
+    "id2label",
+    "label2id",
+}
+
+
+def _without_code(config: Any, *, nested: bool = False) -> Any:
+    """The fields of a configuration that describe the architecture and nothing that runs or loads code."""
+    if isinstance(config, list):
+        return [_without_code(value, nested=True) for value in config]
+    if not isinstance(config, dict):
+        return config
+    dropped = _NOT_ARCHITECTURE - ({"model_type"} if nested else set())
+    kept = {name: value for name, value in config.items() if name not in dropped and "_implementation" not in name}
+    return {name: _without_code(value, nested=True) for name, value in kept.items()}
+
+
+def _check_depth(where: Path, depth: Any, num_tensors: int) -> None:
+    if type(depth) is not int or not 0 <= depth <= num_tensors:
+        raise PackedFileError(f"{where}: num_hidden_layers is {depth!r}, but the file holds {num_tensors} tensors")
+
+
 def _with_packed_layers(folder: Path, model: nn.Module, quantization: dict[str, Any]) -> nn.Module:
     where = folder / "config.json"
     packed: dict[str, PackedLinear] = {}
-    try:
-        recipes = [Recipe(**recipe) for recipe in quantization["recipes"]]
-    except (ValueError, TypeError) as error:
-        raise PackedFileError(f"{where}: a recipe is not valid: {error}") from None
+    recipes = [_read_recipe(where, recipe) for recipe in quantization["recipes"]]
     for name, entry in quantization["layers"].items():
         try:
             linear = model.get_submodule(name)
         except AttributeError:
             raise PackedFileError(f"{where}: the model has no layer {name!r}") from None
-        shape = [getattr(linear, "out_features", None), getattr(linear, "in_features", None)]
+        shape: list[Any] = [getattr(linear, "out_features", None), getattr(linear, "in_features", None)]
         if not isinstance(linear, nn.Linear) or shape != entry["shape"]:
             raise PackedFileError(f"{where}: {name} has shape {entry['shape']} there, but {shape} in the model")
         recipe = recipes[entry["recipe"]]
@@ -222,10 +316,32 @@ def _with_packed_layers(folder: Path, model: nn.Module, quantization: dict[str, 
                 f"its recipe gives {layer.rotation!r} and {layer.weight_zero_point!r}"
             )
         packed[name] = layer
-        replace_module(model, name, layer)
+        paths = [path for path, module in model.named_modules(remove_duplicate=False) if module is linear]
+        for path in paths:  # a layer may hang in several places
+            replace_module(model, path, layer)
     for group in quantization["shared_inputs"]:
         _share(where, [packed[name] for name in group])
     return model.eval()
+
+
+def _read_recipe(where: Path, fields: Any) -> Recipe:
+    try:
+        for options in (fields.get("weight_options", {}), fields.get("activation_options", {})):
+            _check_options(options)
+        if not isinstance(fields.get("method"), str):
+            raise ValueError(f"method must be a name, got {fields.get('method')!r}")
+        return Recipe(**fields)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise PackedFileError(f"{where}: the recipe {fields!r} is not valid: {error}") from None
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    """Options of a quantizer are names and finite numbers; how many rows it has is the layer's business."""
+    for name, value in options.items():
+        is_number = type(value) in (int, float) and abs(value) < 1e9
+        is_name = isinstance(value, str) and name != "zero_point"
+        if name == "rows" or not (value is None or is_number or is_name):
+            raise ValueError(f"option {name!r} may not be {value!r}")
 
 
 def _share(where: Path, layers: list[PackedLinear]) -> None:
@@ -276,13 +392,27 @@ def _check_tensors(folder: Path, model: nn.Module, header: Mapping[str, tuple[st
             )
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def _check_unsaved_buffers(folder: Path, outline: nn.Module) -> None:
+    saved = outline.state_dict().keys()
+    size = sum(b.numel() * b.element_size() for name, b in outline.named_buffers() if name not in saved)
+    if size > LARGEST_UNSAVED_BUFFERS:
+        raise PackedFileError(
+            f"{folder / 'config.json'}: the model builds {size} bytes of tables that the file does not hold"
+        )
+
+
+def _read_tensors(path: Path, model: nn.Module, tied: Mapping[str, str]) -> dict[str, Tensor]:
+    """The file's tensors under every name they have in `model`; what is a parameter there is one here, so that ties hold."""
     from safetensors.torch import load_file
 
     try:
-        return load_file(path)
+        tensors: dict[str, Tensor] = load_file(path)
     except Exception as error:  # safetensors has errors of its own
         raise PackedFileError(f"{path} is damaged: {error}") from None
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for name in tensors.keys() & parameters:
+        tensors[name] = nn.Parameter(tensors[name], requires_grad=False)
+    return tensors | {name: tensors[stored] for name, stored in tied.items()}
 
 
 def _check_values(folder: Path, model: nn.Module) -> None:

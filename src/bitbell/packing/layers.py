@@ -2,8 +2,8 @@
 
     levels_x . levels_w^T = codes_x . codes_w^T - z_w sum(codes_x) - z_x sum(codes_w) + K z_x z_w
 
-The product of codes is int8 times int8 with an int32 sum, whatever the zero points (half-integers too): they are folded out by
-the sums of codes. Then come the same two steps, in the same order, as in training.
+The product of codes is int8 times int8 with an int32 sum, whatever the zero points (half-integers too): they are
+folded out by the sums of codes. Then come the same two steps, in the same order, as in training.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ EXACT_IN_FLOAT32 = 2**24
 class PackedLinear(nn.Module, QuantizedLayer):
     """A linear layer of packed codes; for inference only.
 
-    weight_packed: int32 (O, packed_words(I, bits)), see `bitbell.kernels.pack_codes`. weight_scale: float32 (O, 1), the value
-    of one level. weight_shape: int64 (O, I). bias: float32 (O,) or None. activation_quantizer: None leaves inputs alone.
+    weight_packed: int32 (O, packed_words(I, bits)), see `bitbell.kernels.pack_codes`. weight_scale: float32 (O, 1),
+    the value of one level. weight_shape: int64 (O, I). bias: float32 (O,) or None. activation_quantizer: None leaves
+    inputs alone.
     """
 
     weight_packed: Tensor
@@ -79,7 +80,8 @@ class PackedLinear(nn.Module, QuantizedLayer):
         return y * self.weight_scale.reshape(1, -1) * a.step.float()
 
     def _fold_zero_points(self, total: Tensor, x_codes: Tensor) -> Tensor:
-        """Product of codes (M, O) int32 -> product of levels, float32; exact, but for the last rounding of wide sums."""
+        """Product of codes (M, O) int32 -> product of levels, float32; exact, but for the last rounding of wide
+        sums."""
         assert self.activation_quantizer is not None
         z_x, z_w = self.activation_quantizer.zero_point, self.weight_zero_point
         # Levels come in quarters at the finest (half-integer zero points), hence the 4.

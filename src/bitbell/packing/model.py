@@ -44,9 +44,11 @@ class PackedModel(nn.Module):
 
 
 def pack(model: nn.Module) -> PackedModel:
-    """The packed twin of a trained, quantized model; `model` itself is not changed, and full-precision weights are copied.
+    """The packed twin of a trained, quantized model; `model` itself is not changed, and full-precision weights are
+    copied.
 
-    Raises ValueError for a model without quantized layers, or with one that has no scale yet or whose weights are not finite.
+    Raises ValueError for a model without quantized layers, or with one that has no scale yet or whose weights are not
+    finite.
     """
     trained = dict(quantized_layers(model))
     if not trained:
@@ -57,7 +59,9 @@ def pack(model: nn.Module) -> PackedModel:
         if not isinstance(layer, QuantLinear):
             raise ValueError(f"{name} is a {type(layer).__name__}: the model is packed already")
         _check_ready(name, layer)
-        packed[name] = memo[id(layer)] = PackedLinear.from_trained(layer, copy.deepcopy(layer.activation_quantizer, memo))
+        packed[name] = memo[id(layer)] = PackedLinear.from_trained(
+            layer, copy.deepcopy(layer.activation_quantizer, memo)
+        )
     for names in shared_groups(trained):
         quantizer = packed[names[0]].activation_quantizer
         assert quantizer is not None
@@ -80,7 +84,9 @@ def shared_groups(layers: dict[str, Any]) -> list[list[str]]:
 def _check_ready(name: str, layer: QuantLinear) -> None:
     for what, quantizer in (("weight", layer.weight_quantizer), ("input", layer.activation_quantizer)):
         if quantizer is not None and not bool(quantizer.calibrated):
-            raise ValueError(f"{name}: the {what} quantizer has no scale yet; train the model, or call bitbell.calibrate on it")
+            raise ValueError(
+                f"{name}: the {what} quantizer has no scale yet; train the model, or call bitbell.calibrate on it"
+            )
     for parameter_name, parameter in layer.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise ValueError(f"{name}.{parameter_name} holds NaN or infinity and cannot be packed")

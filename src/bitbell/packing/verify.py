@@ -12,6 +12,7 @@ from bitbell.evaluation import logits_of
 from bitbell.evaluation.loss import device_of, evaluation_mode
 from bitbell.layers import QuantizedLayer, QuantLinear, quantized_layers
 from bitbell.packing.layers import PackedLinear, weight_step
+from bitbell.packing.model import PackedModel
 
 LAYER_TOLERANCE = 1e-6  # of a layer's largest output; float32 rounding of the two steps is half of 1.2e-7
 LOGIT_TOLERANCE = 1e-4  # of the largest logit
@@ -43,19 +44,22 @@ class Verification:
 def verify(model: nn.Module, packed: nn.Module, batch: Any = None) -> Verification:
     """Compare a trained model with its packed twin; raise VerificationError, naming the layer, where they differ.
 
-    batch: token ids (B, T), or whatever the model takes as its one argument; by default random ids for a Hugging Face model,
-    and random layer inputs for others. Weight codes, steps and input codes must be equal; outputs may differ by 1e-6 of the
-    largest, logits by 1e-4.
+    batch: token ids (B, T), or whatever the model takes as its one argument; by default random ids for a Hugging Face
+    model, and random layer inputs for others. Weight codes, steps and input codes must be equal; outputs may differ
+    by 1e-6 of the largest, logits by 1e-4.
     """
-    twin = getattr(packed, "model", packed)
+    twin = packed.model if isinstance(packed, PackedModel) else packed
     trained, others = dict(quantized_layers(model)), dict(quantized_layers(twin))
     if not trained or trained.keys() != others.keys():
         missing = sorted(trained.keys() ^ others.keys())[:3]
-        raise VerificationError(f"the two models have different quantized layers: {', '.join(missing) or 'none at all'}")
+        raise VerificationError(
+            f"the two models have different quantized layers: {', '.join(missing) or 'none at all'}"
+        )
     codes = sum(_compare_weights(name, trained[name], others[name]) for name in trained)
     if batch is None and hasattr(model, "config"):
         generator = torch.Generator().manual_seed(0)
-        batch = torch.randint(0, model.config.vocab_size, (2, 64), generator=generator)  # type: ignore[union-attr]
+        config: Any = model.config
+        batch = torch.randint(0, config.vocab_size, (2, 64), generator=generator)
     with evaluation_mode(model), evaluation_mode(twin):
         inputs = _record_inputs(model, batch) if batch is not None else _random_inputs(trained)
         differences = {name: _compare_outputs(name, trained[name], others[name], x) for name, x in inputs.items()}
@@ -102,7 +106,9 @@ def _compare_outputs(name: str, layer: QuantLinear, packed: PackedLinear, x: Ten
     expected, got = layer(x).float(), packed(x).float()
     difference = float((expected - got).abs().max() / expected.abs().max().clamp_min(1e-30))
     if not difference <= LAYER_TOLERANCE:
-        raise VerificationError(f"{name}: outputs differ by {difference:.2e} of the largest, allowed are {LAYER_TOLERANCE}")
+        raise VerificationError(
+            f"{name}: outputs differ by {difference:.2e} of the largest, allowed are {LAYER_TOLERANCE}"
+        )
     return difference
 
 

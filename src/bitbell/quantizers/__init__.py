@@ -28,7 +28,8 @@ def find_method(name: str) -> type[Quantizer]:
 
 
 def make_quantizer(method: str, **options: Any) -> Quantizer:
-    """Build a quantizer from its method's name and options. Raises ValueError, naming what there is, for a wrong option."""
+    """Build a quantizer from its method's name and options. Raises ValueError, naming what there is, for a wrong
+    option."""
     kind = find_method(method)
     import inspect
 

@@ -2,8 +2,8 @@
 
     x --rotate--normalise--compand--round--> codes  --(code - zero point) * step-->  values
 
-A quantizer owns its scale and its statistics, all of them shaped parameters and persistent buffers from construction on. It
-knows nothing of layers, models or files. A method is one file with one subclass: it says how codes are chosen
+A quantizer owns its scale and its statistics, all of them shaped parameters and persistent buffers from construction
+on. It knows nothing of layers, models or files. A method is one file with one subclass: it says how codes are chosen
 (`quantize`), where its scale starts (`initial_scale`) and how a scale becomes a step (`step`).
 """
 
@@ -37,7 +37,8 @@ class Quantizer(nn.Module):
     """A tensor quantizer. Weights: `rows` says how many rows share nothing. Activations: `rows=None`, one scale in all.
 
     bits: 1 to 8. rotation: block of the Hadamard rotation of the last dimension, or None. zero_point: of the centred
-    codes, so that level = code - zero_point (-0.5: levels symmetric around zero). Raises ValueError for bits outside 1-8.
+    codes, so that level = code - zero_point (-0.5: levels symmetric around zero). Raises ValueError for bits outside
+    1-8.
     """
 
     method: ClassVar[str]
@@ -99,7 +100,9 @@ class Quantizer(nn.Module):
             raise ValueError(f"cannot calibrate {self.method} on {what} of shape {tuple(x.shape)}")
         scale = self.initial_scale(x).to(self.scale.dtype)
         if not bool(torch.isfinite(scale).all()):
-            raise ValueError(f"cannot calibrate {self.method}: values up to {float(x.abs().max()):.3g} overflow {scale.dtype}")
+            raise ValueError(
+                f"cannot calibrate {self.method}: values up to {float(x.abs().max()):.3g} overflow {scale.dtype}"
+            )
         self.scale.copy_(scale.expand(self.scale.shape))
         self.calibrated.fill_(True)
 
@@ -130,13 +133,16 @@ class Quantizer(nn.Module):
         return entropy_of(code_histogram(self.encode(x), self.bits))
 
     def check_input(self, x: Tensor) -> None:
-        """Raise ValueError, naming what is wrong, unless `x` is a float tensor with the rows this quantizer was made for."""
+        """Raise ValueError, naming what is wrong, unless `x` is a float tensor with the rows this quantizer was made
+        for."""
         if not x.is_floating_point():
             raise ValueError(f"{self.method} quantizes float tensors, got {x.dtype}")
         if x.dim() == 0:
             raise ValueError(f"{self.method} quantizes the last dimension of a tensor, got one without dimensions")
         if self.rows is not None and (x.dim() != 2 or x.shape[0] != self.rows):
-            raise ValueError(f"this {self.method} quantizer was made for (rows={self.rows}, columns), got {tuple(x.shape)}")
+            raise ValueError(
+                f"this {self.method} quantizer was made for (rows={self.rows}, columns), got {tuple(x.shape)}"
+            )
 
     def require_calibrated(self) -> None:
         """Raise RuntimeError unless the scale has been set. Skipped while compiling, where it would break the graph."""
@@ -145,8 +151,8 @@ class Quantizer(nn.Module):
         self._seen_calibrated = bool(self.calibrated)
         if not self._seen_calibrated:
             raise RuntimeError(
-                f"this {self.method} quantizer has no scale yet: call bitbell.calibrate(model, batch), or .calibrate(x) on the "
-                "quantizer, before the first forward pass, or load a checkpoint"
+                f"this {self.method} quantizer has no scale yet: call bitbell.calibrate(model, batch), or .calibrate(x) on "
+                "the quantizer, before the first forward pass, or load a checkpoint"
             )
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

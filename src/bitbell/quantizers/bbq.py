@@ -1,14 +1,15 @@
 """BBQ, Bell Box Quantization (Yang and Aamodt, ICLR 2026, arXiv 2603.01599).
 
-Bins are equally likely on the way in (quantiles of a Gaussian) and equally spaced on the way out, so that every code is used
-as often as any other and the product of two quantized tensors is still an integer product.
+Bins are equally likely on the way in (quantiles of a Gaussian) and equally spaced on the way out, so that every code
+is used as often as any other and the product of two quantized tensors is still an integer product.
 
     h = x H                                     block-diagonal Hadamard: bell-shaped
     v = h / RMS(h)                              unit variance
     k = clip(round(n Phi(v) - 1/2), 0, n - 1)   the box: uniform code, n = 2**bits
     y = scale / 2**(bits-1) * (k - n/2 - z)     uniform grid, learned scale
 
-Backward, straight through the rounding only, with u = 2 scale phi(v) * dL/dy and the mean over the group that shares an RMS:
+Backward, straight through the rounding only, with u = 2 scale phi(v) * dL/dy and the mean over the group that shares
+an RMS:
 
     dL/dh = (u - v mean(u v)) / RMS(h)          dL/dx = dL/dh H
     dL/dscale = sum(dL/dy * (k - n/2 - z)) / 2**(bits-1) / sqrt(numel)
@@ -37,11 +38,11 @@ RMS_GROUPS = ("tensor", "running", "token")
 class BBQ(Quantizer):
     """Quantize to `bits` bits with equally likely codes.
 
-    Weights: `rows` gives one RMS and one learned scale per row of an (O, I) matrix. Activations: one learned scale, and `rms`
-    says where the RMS is taken: "tensor" (the paper's BBQ: over the whole tensor, so a token's code depends on later tokens),
-    "running" (BBQ-Fast: the batch's in training, a running average of 1/RMS in evaluation, hence causal) or "token" (over the
-    last dimension).
-    zero_point: the paper's z; default 0 for 3 bits and more, -0.5 for 1 and 2 bits. Any float is allowed.
+    Weights: `rows` gives one RMS and one learned scale per row of an (O, I) matrix. Activations: one learned scale,
+    and `rms` says where the RMS is taken: "tensor" (the paper's BBQ: over the whole tensor, so a token's code depends
+    on later tokens), "running" (BBQ-Fast: the batch's in training, a running average of 1/RMS in evaluation, hence
+    causal) or "token" (over the last dimension). zero_point: the paper's z; default 0 for 3 bits and more, -0.5 for 1
+    and 2 bits. Any float is allowed.
 
     >>> q = BBQ(bits=2, rows=4)
     >>> w = torch.randn(4, 256)
@@ -137,7 +138,8 @@ class _BellBox(torch.autograd.Function):
         # round() breaks ties to even, so a saturated place of exactly n - 1/2 would give n without the clip.
         code = place.round_().clamp_(0, 2 * half - 1).sub_(half)
         codes = code.to(torch.int8)
-        # Statistics of x carry its NaN (and, as 0/0, an infinite RMS) into the step; a frozen RMS has seen nothing of x.
+        # Statistics of x carry its NaN (and, as 0/0, an infinite RMS) into the step; a frozen RMS has seen
+        # nothing of x.
         trace_of_nan = 0 / inverse_rms if frozen_inverse_rms is None else 0 * code.sum()
         step = scale.to(h.dtype) / half + trace_of_nan
         ctx.save_for_backward(x, scale, codes, inverse_rms)

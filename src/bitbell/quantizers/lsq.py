@@ -3,9 +3,10 @@
     r = clip(round(x / s - 1/2), -Qn, Qp) + 1/2        Qn = 2**(bits-1), Qp = Qn - 1
     y = s r
 
-Backward: dL/dx = dL/dy inside the clip and zero outside; dL/ds = sum(dL/dy * (r - x/s inside, r outside)) / sqrt(numel Qp).
-The grid is the one of BBQ's and QuEST's comparison (2**bits levels, none of them zero). Their code divides by Qp = 0 at 1 bit;
-here Qp counts as 1 in the start value and in the gradient's factor, so 1 bit works: y = +-s/2.
+Backward: dL/dx = dL/dy inside the clip and zero outside; dL/ds = sum(dL/dy * (r - x/s inside, r outside)) /
+sqrt(numel Qp). The grid is the one of BBQ's and QuEST's comparison (2**bits levels, none of them zero). Their code
+divides by Qp = 0 at 1 bit; here Qp counts as 1 in the start value and in the gradient's factor, so 1 bit works: y =
++-s/2.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ SMALLEST_STEP = 1e-8  # a step that training drives to zero or below acts as thi
 
 
 class LSQ(Quantizer):
-    """Quantize to `bits` bits with a learned step: one for the tensor, or with `rows` one per row. No rotation by default.
+    """Quantize to `bits` bits with a learned step: one for the tensor, or with `rows` one per row. No rotation by
+    default.
 
     The scale is the step. As in the published comparisons it takes part in weight decay.
     """
@@ -61,9 +63,7 @@ class _LearnedStep(torch.autograd.Function):
     """The formulas above. Keeps `x` and the codes (int8) for the backward pass and recomputes the rest."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, scale: Tensor, bits: int, rotation: int | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, scale: Tensor, bits: int, rotation: int | None) -> tuple[Tensor, Tensor, Tensor]:
         h = rotate(wide(x), rotation)
         step = scale.to(h.dtype).clamp_min(SMALLEST_STEP)
         half = 2 ** (bits - 1)

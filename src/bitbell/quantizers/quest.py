@@ -5,9 +5,9 @@
     D = 2 a / (2**bits - 1)                          step
     y = D (round(clip(h, -a, a) / D - 1/2) + 1/2)    2**bits symmetric levels
 
-Backward: the gradient passes where the error is at most half a step, |y - h| <= D / 2, and is zero elsewhere; the scale is
-computed, not learned. `mask_scale` replaces the mask by |h| <= mask_scale * a, with which the paper's 1-bit curve was made
-(mask_scale = 1.30; the default mask is the same as mask_scale = 2**bits / (2**bits - 1)).
+Backward: the gradient passes where the error is at most half a step, |y - h| <= D / 2, and is zero elsewhere; the
+scale is computed, not learned. `mask_scale` replaces the mask by |h| <= mask_scale * a, with which the paper's 1-bit
+curve was made (mask_scale = 1.30; the default mask is the same as mask_scale = 2**bits / (2**bits - 1)).
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ TUNED_ONE_BIT_MASK = 1.30
 class QuEST(Quantizer):
     """Quantize to `bits` bits with the least squared error on a Gaussian.
 
-    Weights: `rows` gives one scale per row. Activations: `rms` is "token" (the paper's: over the last dimension) or "tensor".
-    mask_scale: width of the gradient mask in units of the clip; None for the trust mask. `scale` holds the clip of the tensor
-    last calibrated on, for `decode`; every forward pass computes its own.
+    Weights: `rows` gives one scale per row. Activations: `rms` is "token" (the paper's: over the last dimension) or
+    "tensor". mask_scale: width of the gradient mask in units of the clip; None for the trust mask. `scale` holds the
+    clip of the tensor last calibrated on, for `decode`; every forward pass computes its own.
     """
 
     method = "quest"

@@ -111,9 +111,7 @@ def _draw_rows(run: Run, layers: list[LayerCodes], look: Look) -> Picture:
     return Picture(f"codes-{slug(run.name)}", run.name, caption, _alt(run, layers), figure)
 
 
-def _draw_bars(
-    axes: Axes, shares: NDArray[Any] | None, left: float, base: float, tallest: float, look: Look
-) -> None:
+def _draw_bars(axes: Axes, shares: NDArray[Any] | None, left: float, base: float, tallest: float, look: Look) -> None:
     """One row of bars. Full height is the tallest bar of the figure, in multiples of the equal share."""
     if shares is None:
         return
@@ -164,9 +162,7 @@ def _draw_maps(run: Run, layers: list[LayerCodes], look: Look) -> Picture:
         "rarely, orange ones too often, against one over the number of codes; colours end at half and at "
         "double. "
     )
-    return Picture(
-        f"codes-{slug(run.name)}", run.name, caption + _in_words(layers), _alt(run, layers), figure
-    )
+    return Picture(f"codes-{slug(run.name)}", run.name, caption + _in_words(layers), _alt(run, layers), figure)
 
 
 def _panels(layers: list[LayerCodes]) -> dict[str, list[LayerCodes]]:

@@ -130,24 +130,17 @@ def draw_size(runs: Sequence[Run], looks: Looks) -> Picture | None:
     shown = [
         run
         for run in runs
-        if run.is_finished
-        and finite(run.number("loss"))
-        and finite(size := sizes[run.name])
-        and (size or 0) > 0
+        if run.is_finished and finite(run.number("loss")) and finite(size := sizes[run.name]) and (size or 0) > 0
     ]
     if not shown:
         return None
-    figure, axes = new_chart(
-        [], "Size of the whole model (MB, log scale)", "Validation loss (nats per token)"
-    )
+    figure, axes = new_chart([], "Size of the whole model (MB, log scale)", "Validation loss (nats per token)")
     points = [((sizes[run.name] or 0) / 1e6, run.number("loss") or 0.0) for run in shown]
     for run, (x, y) in zip(shown, points, strict=True):
         look = looks[run.name]
         axes.plot([x], [y], look.marker, color=look.colour, markersize=6.5, markeredgecolor=CARD, mew=0.8)
     _frame_points(axes, points)
-    _label_beside(
-        axes, [Label(run.name, *p, looks[run.name].colour) for run, p in zip(shown, points, strict=True)]
-    )
+    _label_beside(axes, [Label(run.name, *p, looks[run.name].colour) for run, p in zip(shown, points, strict=True)])
     caption = (
         "Down and to the left is better. Quantized models at their packed size, embeddings and all; full "
         "precision at its size as trained."
@@ -156,8 +149,7 @@ def draw_size(runs: Sequence[Run], looks: Looks) -> Picture | None:
     if missing:
         caption += f" Not shown, since size or loss is not known: {', '.join(missing)}."
     ends = [
-        f"{run.name} {megabytes(x * 1e6)} MB, loss {decimals(3)(y)}"
-        for run, (x, y) in zip(shown, points, strict=True)
+        f"{run.name} {megabytes(x * 1e6)} MB, loss {decimals(3)(y)}" for run, (x, y) in zip(shown, points, strict=True)
     ]
     alt = "Scatter chart of validation loss against model size. " + "; ".join(ends) + "."
     return Picture("size", "Quality against size", caption, alt, figure)
@@ -208,8 +200,7 @@ def _thin_band(*band: NDArray[Any]) -> list[NDArray[Any]]:
     stretches = np.array_split(np.arange(len(band[0])), MOST_POINTS)
     rules: list[Callable[..., Any]] = [np.max, np.mean, np.min, np.max]
     return [
-        np.array([rule(values[stretch]) for stretch in stretches])
-        for rule, values in zip(rules, band, strict=True)
+        np.array([rule(values[stretch]) for stretch in stretches]) for rule, values in zip(rules, band, strict=True)
     ]
 
 

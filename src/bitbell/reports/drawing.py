@@ -141,9 +141,7 @@ def new_figure(height: float, width: float = WIDTH) -> Figure:
     return Figure(figsize=(width / 72, height / 72), dpi=72)
 
 
-def new_chart(
-    labels: Sequence[str], x_title: str, y_title: str, height: float = 225.0
-) -> tuple[Figure, Axes]:
+def new_chart(labels: Sequence[str], x_title: str, y_title: str, height: float = 225.0) -> tuple[Figure, Axes]:
     """A figure with one axes and room on its right for direct labels."""
     figure = new_figure(height)
     longest = max((len(shorten(text, LABEL_LENGTH)) for text in labels), default=0)
@@ -223,9 +221,7 @@ def save(picture: Picture, folder: Path) -> str:
 def inline(svg: str, name: str, alt: str) -> str:
     """An SVG file as a piece of a page: no prologue, ids of its own, colours as CSS variables."""
     svg = svg[svg.index("<svg") :]
-    svg = re.sub(
-        r"<metadata>.*?</metadata>|<!--.*?-->|<defs>\s*<style.*?</style>\s*</defs>", "", svg, flags=re.S
-    )
+    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|<defs>\s*<style.*?</style>\s*</defs>", "", svg, flags=re.S)
     viewbox = re.search(r'viewBox="[^"]*"', svg)
     assert viewbox is not None, "matplotlib's SVG always has a viewBox"
     body = svg[svg.index(">") + 1 :]

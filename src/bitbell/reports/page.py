@@ -109,9 +109,7 @@ def _save(pictures: Sequence[Picture], folder: Path) -> list[Drawn]:
 def _fill_in(runs: Sequence[Run], groups: Sequence[Group], sections: Sequence[str]) -> str:
     files = resources.files("bitbell.reports")
     template = Template((files / "page.html").read_text(encoding="utf-8"))
-    presets = list(
-        dict.fromkeys(formats.plain(run.config["preset"]) for run in runs if run.config.get("preset"))
-    )
+    presets = list(dict.fromkeys(formats.plain(run.config["preset"]) for run in runs if run.config.get("preset")))
     what = f"{len(runs)} training runs" if len(runs) > 1 else runs[0].name
     return template.substitute(
         title=escape(f"{what} of {' and '.join(presets[:3])}" if presets and len(runs) > 1 else what),
@@ -185,11 +183,7 @@ def _seeds(groups: Sequence[Group]) -> str:
 
 def _key(look: Look) -> str:
     """The run's line and mark as they are in the pictures."""
-    dash = (
-        ""
-        if look.dash == "solid"
-        else f' stroke-dasharray="{" ".join(f"{1.5 * x:g}" for x in look.dash[1])}"'
-    )
+    dash = "" if look.dash == "solid" else f' stroke-dasharray="{" ".join(f"{1.5 * x:g}" for x in look.dash[1])}"'
     shapes: dict[str, str] = {
         "o": '<circle cx="12" cy="6.5" r="4"/>',
         "s": '<path d="M8.5 3h7v7h-7z"/>',
@@ -262,9 +256,7 @@ def _configurations(runs: Sequence[Run]) -> str:
         )
         caption = f"<caption>config.json of {escape(run.name)}</caption>"
         table = f'<table class="config">{caption}<tbody>{rows}</tbody></table>'
-        parts.append(
-            f"<details><summary>{escape(run.name)}</summary><div class='card'>{table}</div></details>"
-        )
+        parts.append(f"<details><summary>{escape(run.name)}</summary><div class='card'>{table}</div></details>")
     return "\n".join([*parts, "</section>"])
 
 
@@ -291,12 +283,8 @@ def _layers(runs: Sequence[Run]) -> str:
     parts = [_section_start("Layers of each run")]
     for run in shown:
         rows = "\n".join(_layer_row(layer) for layer in run.layers)
-        table = _table(
-            f"Layers of {run.name}", "", f'<tr><th scope="col" class="text">Layer</th>{head}</tr>', rows, ""
-        )
-        parts.append(
-            f"<details><summary>{escape(run.name)}, {len(run.layers)} layers</summary>{table}</details>"
-        )
+        table = _table(f"Layers of {run.name}", "", f'<tr><th scope="col" class="text">Layer</th>{head}</tr>', rows, "")
+        parts.append(f"<details><summary>{escape(run.name)}, {len(run.layers)} layers</summary>{table}</details>")
     return "\n".join([*parts, "</section>"])
 
 
@@ -338,9 +326,7 @@ def _flatten(config: dict[str, Any], above: str = "") -> list[tuple[str, Any]]:
     """Nested objects as dotted keys, in the order of the file."""
     rows: list[tuple[str, Any]] = []
     for key, value in config.items():
-        rows += (
-            _flatten(value, f"{above}{key}.") if isinstance(value, dict) and value else [(above + key, value)]
-        )
+        rows += _flatten(value, f"{above}{key}.") if isinstance(value, dict) and value else [(above + key, value)]
     return rows
 
 

@@ -41,18 +41,12 @@ def _number(key: str) -> Callable[[Run], Any]:
 COLUMNS = (
     Column("run", "Run", "", lambda run: run.name, str, is_text=True),
     Column("method", "Method", "", lambda run: run.method, formats.method, is_text=True),
-    Column(
-        "bits", "Bits", "", lambda run: run.bits, lambda bits: formats.DASH if bits == "full" else bits, True
-    ),
+    Column("bits", "Bits", "", lambda run: run.bits, lambda bits: formats.DASH if bits == "full" else bits, True),
     Column("loss", "Validation loss", "nats/token", _number("loss"), formats.decimals(3)),
     Column("perplexity", "Perplexity", "", _number("perplexity"), formats.significant(3)),
-    Column(
-        "bits_per_byte", "Bits/\N{ZERO WIDTH SPACE}byte", "", _number("bits_per_byte"), formats.decimals(3)
-    ),
+    Column("bits_per_byte", "Bits/\N{ZERO WIDTH SPACE}byte", "", _number("bits_per_byte"), formats.decimals(3)),
     Column("weight_entropy", "Weight entropy", "bits", _number("weight_entropy"), formats.decimals(3)),
-    Column(
-        "activation_entropy", "Activation entropy", "bits", _number("activation_entropy"), formats.decimals(3)
-    ),
+    Column("activation_entropy", "Activation entropy", "bits", _number("activation_entropy"), formats.decimals(3)),
     Column("parameters", "Parameters", "million", _number("parameters"), formats.millions),
     Column("bytes", "Trained", "MB", _number("bytes"), formats.megabytes),
     Column("packed_bytes", "Packed", "MB", _number("packed_bytes"), formats.megabytes),
@@ -63,8 +57,7 @@ COLUMNS = (
 SPREAD_COLUMNS = tuple(
     column
     for column in COLUMNS
-    if column.key
-    in ("loss", "perplexity", "bits_per_byte", "weight_entropy", "activation_entropy", "seconds_per_step")
+    if column.key in ("loss", "perplexity", "bits_per_byte", "weight_entropy", "activation_entropy", "seconds_per_step")
 )
 
 
@@ -105,9 +98,7 @@ class Group:
         values = [value for value in known if value is not None and finite(value)]
         if not values:
             return None
-        return Spread(
-            statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values)
-        )
+        return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
 
 
 def work(run: Run) -> tuple[str, ...]:
@@ -173,9 +164,7 @@ def as_json(runs: Sequence[Run], groups: Sequence[Group]) -> dict[str, Any]:
 
 def _row(run: Run) -> dict[str, Any]:
     values = {column.key: column.get(run) for column in COLUMNS}
-    not_finite = [
-        key for key, value in values.items() if isinstance(value, float) and not math.isfinite(value)
-    ]
+    not_finite = [key for key, value in values.items() if isinstance(value, float) and not math.isfinite(value)]
     return {
         **{key: None if key in not_finite else value for key, value in values.items()},
         "weight_bits": run.weight_bits,
@@ -215,11 +204,7 @@ def _group_name(runs: list[Run], all_groups: list[list[Run]]) -> str:
     name = _short_name(runs[0])
     alike = [other[0].config for other in all_groups if _short_name(other[0]) == name]
     config = runs[0].config
-    keys = [
-        key
-        for key in config
-        if key not in NO_SETTING and any(other.get(key) != config[key] for other in alike)
-    ]
+    keys = [key for key in config if key not in NO_SETTING and any(other.get(key) != config[key] for other in alike)]
     return ", ".join([name, *(f"{key} {formats.plain(config[key])}" for key in keys)])
 
 

@@ -117,9 +117,7 @@ def read_runs(folders: Sequence[str | Path]) -> list[Run]:
     Raises ValueError if there is none, one is given twice, or one is no run folder.
     """
     if isinstance(folders, str | Path):
-        raise ValueError(
-            f"runs={str(folders)!r} is one path. Give a list of run folders, e.g. [{str(folders)!r}]."
-        )
+        raise ValueError(f"runs={str(folders)!r} is one path. Give a list of run folders, e.g. [{str(folders)!r}].")
     if not folders:
         raise ValueError("no run folder given. Give at least one; " + EXPECTED + ".")
     counts = Counter(Path(folder).resolve() for folder in folders)
@@ -169,9 +167,7 @@ def _read_object(file: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{file} is no JSON: {error}. Write it again, or leave this run out.") from error
     if not isinstance(value, dict):
-        raise ValueError(
-            f"{file} holds a JSON {type(value).__name__}, but a run needs an object {{...}} there."
-        )
+        raise ValueError(f"{file} holds a JSON {type(value).__name__}, but a run needs an object {{...}} there.")
     return value
 
 
@@ -217,17 +213,13 @@ def _check_event(event: Event, where: str) -> None:
     if not isinstance(layers, dict) or not all(isinstance(layer, dict) for layer in layers.values()):
         raise ValueError(f"{where}: layers must be an object of objects, one a layer, got {layers!r:.60}.")
     for name, layer in layers.items():
-        _check_numbers(
-            layer, ("weight_entropy", "weight_scale", "activation_scale"), f"{where}, layer {name}"
-        )
+        _check_numbers(layer, ("weight_entropy", "weight_scale", "activation_scale"), f"{where}, layer {name}")
 
 
 def _check_summary(summary: dict[str, Any], file: Path) -> None:
     _check_numbers(summary, SUMMARY_NUMBERS, str(file))
     if not isinstance(summary.get("method"), str | None):
-        raise ValueError(
-            f"{file}: method={summary['method']!r}, but it must be a string, or null for full precision."
-        )
+        raise ValueError(f"{file}: method={summary['method']!r}, but it must be a string, or null for full precision.")
     if summary.get("steps") is not None and not finite(summary["steps"]):
         raise ValueError(f"{file}: steps={summary['steps']!r}, but it must be finite.")
     for key in ("layers", "samples"):
@@ -292,7 +284,6 @@ def _tell_apart(runs: list[Run]) -> list[Run]:
     for detail in details:
         counts = Counter(names)
         names = [
-            f"{run.name} ({detail(run)})" if counts[name] > 1 else name
-            for run, name in zip(runs, names, strict=True)
+            f"{run.name} ({detail(run)})" if counts[name] > 1 else name for run, name in zip(runs, names, strict=True)
         ]
     return [replace(run, name=name) for run, name in zip(runs, names, strict=True)]

@@ -45,9 +45,7 @@ def notes(runs: Sequence[Run], groups: Sequence[Group]) -> list[str]:
             found.append(f"{group.name}: {lost} finished without a finite validation loss; it is not ranked.")
         missing = len(group.runs) - len(group.finished)
         if len(group.runs) > 1 and missing:
-            found.append(
-                f"{group.name}: {missing} of {len(group.runs)} seeds unfinished; means are over the others."
-            )
+            found.append(f"{group.name}: {missing} of {len(group.runs)} seeds unfinished; means are over the others.")
     return found
 
 
@@ -179,9 +177,7 @@ def _notes_of(run: Run) -> list[str]:
         steps = formats.count(run.steps) if run.steps is not None else "no"
         planned = run.config.get("steps")
         of = f" of {formats.count(planned)}" if isinstance(planned, int) else ""
-        found.append(
-            f"{run.name} is unfinished ({steps}{of} steps); its row says what its metrics say so far."
-        )
+        found.append(f"{run.name} is unfinished ({steps}{of} steps); its row says what its metrics say so far.")
     if run.is_torn:
         found.append(f"{run.name}: the last line of its metrics was torn and is left out.")
     for what, events in (("training", run.train), ("validation", run.valid)):

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Generation:
-    """prompt and the text that follows it; how many tokens were made, and in how many seconds (the prompt's pass included)."""
+    """prompt and the text that follows it; how many tokens were made, and in how many seconds (the prompt's pass
+    included)."""
 
     prompt: str
     text: str
@@ -40,7 +41,8 @@ def generate(
     top_p: float | None = None,
     seed: int = 0,
 ) -> Generation:
-    """Continue `prompt`. temperature 0 is greedy; top_k and top_p cut the choice (None: no cut); one seed gives one text.
+    """Continue `prompt`. temperature 0 is greedy; top_k and top_p cut the choice (None: no cut); one seed gives one
+    text.
 
     Raises ValueError for an empty prompt, for settings out of range, and for more tokens than the model has positions.
     """
@@ -52,7 +54,8 @@ def generate(
     positions = inner.config.max_position_embeddings
     if len(ids) + max_new_tokens > positions:
         raise ValueError(
-            f"the prompt's {len(ids)} tokens and max_new_tokens={max_new_tokens} exceed the model's {positions} positions"
+            f"the prompt's {len(ids)} tokens and max_new_tokens={max_new_tokens} exceed the model's "
+            f"{positions} positions"
         )
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:

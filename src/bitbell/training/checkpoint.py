@@ -5,8 +5,8 @@
         optimizer.safetensors    AdamW's moments, by parameter name
         state.json               format version, step, random state
 
-A checkpoint is written under a temporary name, flushed to the disk, and renamed: a crash at any moment leaves the last good one.
-Older ones are deleted only after that.
+A checkpoint is written under a temporary name, flushed to the disk, and renamed: a crash at any moment leaves the
+last good one. Older ones are deleted only after that.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ def list_checkpoints(run: Path) -> list[Checkpoint]:
 
 
 def save_checkpoint(run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, keep: int) -> Checkpoint:
-    """Write a checkpoint, then delete all but the newest `keep`. Raises CheckpointError with the last good one intact."""
+    """Write a checkpoint, then delete all but the newest `keep`. Raises CheckpointError with the last good one
+    intact."""
     from safetensors.torch import save_file
 
     folder = run / "checkpoints"
@@ -72,7 +73,8 @@ def save_checkpoint(run: Path, step: int, model: nn.Module, optimizer: torch.opt
 
 
 def load_checkpoint(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Load model, moments and random state in place. Raises CheckpointError naming the file or tensor that does not fit."""
+    """Load model, moments and random state in place. Raises CheckpointError naming the file or tensor that does not
+    fit."""
     state = _read_state(checkpoint.path)
     _load_tensors(model, _read_tensors(checkpoint.path / "model.safetensors"), checkpoint.path)
     if optimizer is not None:
@@ -99,7 +101,9 @@ def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Te
     }
 
 
-def _restore_moments(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], path: Path) -> None:
+def _restore_moments(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], path: Path
+) -> None:
     parameters = dict(model.named_parameters())
     for full_name, value in tensors.items():
         name, _, key = full_name.rpartition(":")
@@ -130,7 +134,8 @@ def _read_state(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path / 'state.json'} cannot be read: {error}") from None
     if state.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path / 'state.json'} has format version {state.get('format_version')!r}; this bitbell reads {FORMAT_VERSION}"
+            f"{path / 'state.json'} has format version {state.get('format_version')!r}; "
+            f"this bitbell reads {FORMAT_VERSION}"
         )
     return state
 

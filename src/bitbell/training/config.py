@@ -12,7 +12,16 @@ from typing import Any
 
 # Fields that may change between a run's start and its resumption: they do not touch its numbers.
 FREE_FIELDS = frozenset(
-    {"out", "data", "log_every", "evaluate_every", "evaluate_windows", "checkpoint_every", "keep_checkpoints", "entropy_every"}
+    {
+        "out",
+        "data",
+        "log_every",
+        "evaluate_every",
+        "evaluate_windows",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "entropy_every",
+    }
     | {"tensorboard", "threads", "stop_after", "device", "compile"}
 )
 
@@ -86,7 +95,15 @@ class TrainConfig:
     """Stop cleanly, with a checkpoint, after this many steps in all; the run can be continued."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "sequence_length", "accumulation", "log_every", "entropy_every", "keep_checkpoints"):
+        for name in (
+            "steps",
+            "batch_size",
+            "sequence_length",
+            "accumulation",
+            "log_every",
+            "entropy_every",
+            "keep_checkpoints",
+        ):
             _check(self, name, getattr(self, name) >= 1, "at least 1")
         for name in ("evaluate_every", "checkpoint_every", "evaluate_windows"):
             _check(self, name, getattr(self, name) >= 1, "at least 1")
@@ -102,7 +119,8 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str = "configuration") -> TrainConfig:
-        """A configuration from plain values. Raises ValueError, with a suggestion, for an unknown field or a wrong type."""
+        """A configuration from plain values. Raises ValueError, with a suggestion, for an unknown field or a wrong
+        type."""
         return cls(**check_fields(values, source))
 
     def to_dict(self) -> dict[str, Any]:

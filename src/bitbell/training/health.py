@@ -24,7 +24,12 @@ def first_not_finite(model: nn.Module, tokens: Tensor) -> str:
 
     def after(name: str, out: Any) -> None:
         tensor = out[0] if isinstance(out, tuple) and out else out
-        if not found and isinstance(tensor, Tensor) and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if (
+            not found
+            and isinstance(tensor, Tensor)
+            and tensor.is_floating_point()
+            and not bool(torch.isfinite(tensor).all())
+        ):
             found.append(name)
 
     hooks = [

@@ -1,9 +1,11 @@
 """A configuration -> a run directory: the training loop.
 
-    batch(step) --forward, backward (accumulation times)--> clip --> AdamW at learning_rate_at(step) --> journal, checkpoint
+    batch(step) --forward, backward (accumulation times)--> clip --> AdamW at learning_rate_at(step) --> journal,
+    checkpoint
 
-Everything a step depends on is a function of the step number (data, learning rate) or part of the checkpoint (weights, scales,
-statistics, moments), so a run that is stopped anywhere and started again ends with the same numbers.
+Everything a step depends on is a function of the step number (data, learning rate) or part of the checkpoint
+(weights, scales, statistics, moments), so a run that is stopped anywhere and started again ends with the same
+numbers.
 """
 
 from __future__ import annotations
@@ -45,10 +47,12 @@ class TrainingResult:
 
 
 def train(config: TrainConfig, progress: Progress | None = None) -> TrainingResult:
-    """Train the model of `config`, or continue it, until it is finished, interrupted (Ctrl-C, SIGTERM) or at `stop_after`.
+    """Train the model of `config`, or continue it, until it is finished, interrupted (Ctrl-C, SIGTERM) or at
+    `stop_after`.
 
-    Raises ValueError for a configuration that does not fit its data or its directory, TrainingDiverged with step and place when
-    numbers stop being finite, and CheckpointError when a checkpoint cannot be written; the last good one is always intact.
+    Raises ValueError for a configuration that does not fit its data or its directory, TrainingDiverged with step and
+    place when numbers stop being finite, and CheckpointError when a checkpoint cannot be written; the last good one
+    is always intact.
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -113,7 +117,8 @@ class _Run:
         return self.batches.batch(micro_batch).to(self.device)
 
     def go(self) -> TrainingResult:
-        self.started, self.losses, self.logged_step = time.perf_counter(), [], self.step
+        self.losses: list[float] = []
+        self.started, self.logged_step = time.perf_counter(), self.step
         self.paused, self.logged_at = 0.0, time.perf_counter()
         last = min(self.config.steps, self.config.stop_after or self.config.steps)
         self.model.train()
@@ -124,7 +129,9 @@ class _Run:
                     self._report_step(at_end=self.step == last)
             if self.step < self.config.steps:
                 self._checkpoint()
-                self.progress.say(f"stopped after step {self.step} of {self.config.steps}; the same command continues it")
+                self.progress.say(
+                    f"stopped after step {self.step} of {self.config.steps}; the same command continues it"
+                )
                 return TrainingResult(self.run, self.step, "stopped")
             return TrainingResult(self.run, self.step, "finished", self._finish())
         finally:
@@ -132,9 +139,7 @@ class _Run:
 
     def _take_step(self) -> None:
         config = self.config
-        rate = learning_rate_at(
-            self.step, steps=config.steps, peak=self.peak, warmup=config.warmup, final=config.final
-        )
+        rate = learning_rate_at(self.step, steps=config.steps, peak=self.peak, warmup=config.warmup, final=config.final)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         total = 0.0
@@ -221,7 +226,9 @@ class _Run:
             perplexity=measured.perplexity,
             bits_per_byte=measured.bits_per_byte,
         )
-        self.progress.say(f"step {self.step}  validation loss {measured.loss:.4f}  perplexity {measured.perplexity:.2f}")
+        self.progress.say(
+            f"step {self.step}  validation loss {measured.loss:.4f}  perplexity {measured.perplexity:.2f}"
+        )
 
     def _checkpoint(self) -> None:
         save_checkpoint(self.run, self.step, self.model, self.optimizer, self.config.keep_checkpoints)
@@ -260,7 +267,7 @@ def summarize(
     run: Path, config: TrainConfig, model: nn.Module, result: Evaluation, precision: torch.dtype
 ) -> dict[str, Any]:
     """Every final number of a run, as plain JSON: quality, entropy, sizes and speed."""
-    rows = [row for row in report(model).rows]
+    rows = report(model).rows
     layers = [asdict(layer) for layer in result.layers]
     recipes = {(row.recipe, row.weight_bits, row.activation_bits) for row in result.layers}
     name, weight_bits, activation_bits = recipes.pop() if len(recipes) == 1 else (None, None, None)
@@ -290,7 +297,8 @@ def summarize(
 
 
 class _stop_on_signals:
-    """Inside a `with`, the first Ctrl-C or SIGTERM asks the run to stop after its step; a second Ctrl-C interrupts at once."""
+    """Inside a `with`, the first Ctrl-C or SIGTERM asks the run to stop after its step; a second Ctrl-C interrupts at
+    once."""
 
     def __init__(self, run: _Run) -> None:
         self.run = run

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bitbell.quantizers import Quantizer
 from bitbell.training.config import TrainConfig
@@ -17,8 +18,9 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
     Not decayed: embeddings, norms, biases, the output head, the scales of BBQ. The same split for full precision.
     Source: BBQ's published training code.
     """
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    decayed: dict[int, nn.Parameter] = {}
+    ask: Any = getattr(model, "get_output_embeddings", None)
+    head = ask() if ask is not None else None
+    decayed: dict[int, Tensor] = {}
     for module in model.modules():
         if isinstance(module, nn.Linear) and module is not head:
             decayed[id(module.weight)] = module.weight
@@ -41,7 +43,8 @@ def make_optimizer(model: nn.Module, config: TrainConfig, learning_rate: float) 
 
 
 def learning_rate_at(step: int, *, steps: int, peak: float, warmup: float, final: float) -> float:
-    """One-cycle cosine: peak/100 up to the peak over `warmup` of the steps, then down to `final` of it at the last step."""
+    """One-cycle cosine: peak/100 up to the peak over `warmup` of the steps, then down to `final` of it at the last
+    step."""
     rising = round(warmup * steps)
     if step < rising:
         return _cosine(peak / 100, peak, step / rising)

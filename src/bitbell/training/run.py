@@ -1,11 +1,11 @@
 """A run on disk: what it was made from, where it stands, and the model that came out of it.
 
-    RUN/config.json      the full configuration, versions and the data's fingerprint
-    RUN/metrics.jsonl    one JSON object a line
-    RUN/tensorboard/     the same for TensorBoard
-    RUN/checkpoints/     see `bitbell.training.checkpoint`
-    RUN/tokenizer.json   so that the run can be packed and used without the data
-    RUN/summary.json     every final number, once the run is finished
+RUN/config.json      the full configuration, versions and the data's fingerprint
+RUN/metrics.jsonl    one JSON object a line
+RUN/tensorboard/     the same for TensorBoard
+RUN/checkpoints/     see `bitbell.training.checkpoint`
+RUN/tokenizer.json   so that the run can be packed and used without the data
+RUN/summary.json     every final number, once the run is finished
 """
 
 from __future__ import annotations
@@ -31,18 +31,21 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 def open_run(config: TrainConfig, dataset: TokenDataset) -> Path:
     """Make the run's directory, or open that of the same configuration to continue it.
 
-    Raises ValueError naming the fields that differ if it holds another run, and OSError naming it if it cannot be written.
+    Raises ValueError naming the fields that differ if it holds another run, and OSError naming it if it cannot be
+    written.
     """
     run = Path(config.out)
     fingerprint = data_fingerprint(Path(config.data))
     if (run / "config.json").exists():
         old, found = read_run_config(run)
-        differ = {name: pair for name, pair in old.differences(config).items()}
+        differ = old.differences(config)
         if found.get("data_fingerprint") != fingerprint:
             differ["data"] = (old.data, config.data)
         if differ:
             listed = "; ".join(f"{name} was {mine!r}, is {theirs!r}" for name, (mine, theirs) in differ.items())
-            raise ValueError(f"{run} holds a run of another configuration ({listed}). Choose another --out or delete it")
+            raise ValueError(
+                f"{run} holds a run of another configuration ({listed}). Choose another --out or delete it"
+            )
     elif run.exists() and (not run.is_dir() or any(run.iterdir())):
         raise ValueError(f"{run} exists and is not a run of bitbell (no config.json in it). Choose another --out")
     try:
@@ -58,7 +61,8 @@ def open_run(config: TrainConfig, dataset: TokenDataset) -> Path:
 
 
 def read_run_config(run: Path) -> tuple[TrainConfig, dict[str, Any]]:
-    """The configuration of a run, and everything else in its config.json. Raises ValueError for a folder that is no run."""
+    """The configuration of a run, and everything else in its config.json. Raises ValueError for a folder that is no
+    run."""
     try:
         values = json.loads((run / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -80,9 +84,7 @@ def build_run_model(config: TrainConfig, vocab_size: int) -> nn.Module:
     from bitbell.layers import quantize
     from bitbell.models import build_model
 
-    model = build_model(
-        config.preset, vocab_size=vocab_size, sequence_length=config.sequence_length, seed=config.seed
-    )
+    model = build_model(config.preset, vocab_size=vocab_size, sequence_length=config.sequence_length, seed=config.seed)
     rules: Mapping[str, str | None] = {pattern: _none(name) for pattern, name in config.rules.items()}
     if rules:
         return quantize(model, rules, share_inputs=config.share_inputs)
