@@ -31,7 +31,7 @@ CONTESTANTS = (
 )
 
 
-def demo(out: str = "runs/demo", steps: int = 300, seed: int = 0) -> int:
+def demo(out: str = "runs/demo", corpus: str = "kjv", steps: int = 300, seed: int = 0) -> int:
     """Train full precision, BBQ, QuEST and LSQ at 2 bits side by side, pack the BBQ model, generate from it, and
     report.
 
@@ -39,6 +39,7 @@ def demo(out: str = "runs/demo", steps: int = 300, seed: int = 0) -> int:
 
     Args:
         out: Directory for everything the demo makes.
+        corpus: What to train on: kjv, which ships with bitbell, or a text file or folder of yours (a megabyte or more).
         steps: Optimizer steps of each run.
         seed: Of the weights and of the order of the data.
     """
@@ -46,10 +47,10 @@ def demo(out: str = "runs/demo", steps: int = 300, seed: int = 0) -> int:
     folder = Path(out)
     data = folder / "data"
     if not (data / "dataset.json").exists():
-        _announce(f"bitbell tokenize kjv --out {data} --tokenizer bpe:1024")
+        _announce(f"bitbell tokenize {corpus} --out {data} --tokenizer bpe:1024")
         from bitbell.data import tokenize
 
-        tokenize(["kjv"], data, tokenizer="bpe:1024")
+        tokenize([corpus], data, tokenizer="bpe:1024")
     summaries = {}
     for contestant in CONTESTANTS:
         summary = _train(contestant, folder, data, steps, seed)

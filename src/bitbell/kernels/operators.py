@@ -10,6 +10,7 @@ three are registered with `torch.library` under `bitbell::`; a faster kernel reg
 `pack_codes.register_kernel(...)` and must return the same integers, bit for bit.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 
 import torch
@@ -77,8 +78,13 @@ def rotate(x: Tensor, block: int | None) -> Tensor:
     else:
         matrix = _cached_hadamard(block, x.dtype, x.device)
     # Autocast would round the rotated values to its narrow type, and codes near a threshold with them.
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x.device):
         return (x.reshape(-1, block) @ matrix).reshape(x.shape)
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """Switch autocast off on `device`; the meta device, which only carries shapes, has none."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def _suggest(width: int) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitbell.kernels import no_autocast
 from bitbell.quantizers import Quantized
 
 
@@ -26,7 +27,9 @@ def integer_linear(x: Quantized, w: Quantized, x_zero_point: float, w_zero_point
 def product_dtype(x: Tensor) -> torch.dtype:
     """What a linear layer would compute in for input `x`: autocast's type where that is on, else the input's own."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and x.dtype != torch.float64 else x.dtype
+    if kind == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return x.dtype
+    return torch.get_autocast_dtype(kind)
 
 
 class _IntegerLinear(torch.autograd.Function):
@@ -48,7 +51,7 @@ class _IntegerLinear(torch.autograd.Function):
         ctx.save_for_backward(x_codes, w_codes, x_step, w_step)
         ctx.x_zero_point, ctx.w_zero_point, ctx.dtype = x_zero_point, w_zero_point, dtype
         ctx.x_dtype, ctx.w_dtype = x_values.dtype, w_values.dtype
-        with torch.autocast(x_codes.device.type, enabled=False):
+        with no_autocast(x_codes.device):
             total = _levels(x_codes, x_zero_point, dtype) @ _levels(w_codes, w_zero_point, dtype).T
         return (total * w_step.reshape(-1) * x_step).to(dtype)
 

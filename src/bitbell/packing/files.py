@@ -40,8 +40,8 @@ def save(
 ) -> Path:
     """Write `packed` to `directory`. tokenizer: a folder (a run, a data set) whose tokenizer files travel along.
 
-    Raises ValueError if the directory holds something already (and `overwrite` is not set, or it is no packed model) or if the
-    folder has no tokenizer, and OSError if it cannot be written; nothing half-written is left behind.
+    Raises ValueError if the directory holds something already (and `overwrite` is not set, or it is no packed model)
+    or if the folder has no tokenizer, and OSError if it cannot be written; nothing half-written is left behind.
     """
     target = Path(directory).resolve()
     _check_target(target, overwrite)
@@ -49,7 +49,7 @@ def save(
         raise ValueError(
             f"{tokenizer} holds no {TOKENIZER_FILES[0]}; give a folder that has one, or leave tokenizer out"
         )
-    partial = target.with_name(target.name + ".partial")
+    partial = target.with_name(f".{target.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -77,20 +77,22 @@ def _write(packed: PackedModel, folder: Path, tokenizer: str | Path | None) -> N
 
 def _put_in_place(partial: Path, target: Path) -> None:
     """Rename `partial` to `target`; what is there is removed only once the new one has taken its place."""
-    old = target.with_name(target.name + ".old")
-    if target.exists():
-        os.replace(target, old)
+    if not target.exists():
+        os.replace(partial, target)
+        return
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)  # of a run that was killed
+    os.replace(target, old)
     try:
         os.replace(partial, target)
     except OSError:
-        if old.exists():
-            os.replace(old, target)
+        os.replace(old, target)
         raise
     shutil.rmtree(old, ignore_errors=True)
 
 
 def _tied_tensors(model: nn.Module) -> dict[str, str]:
-    """Name -> stored name of each tensor that hangs in the model under another name already: tied embeddings, a shared layer."""
+    """Name -> stored name of what the model has under another name already: tied embeddings, a shared layer."""
     first: dict[int, str] = {}
     names = {name: first.setdefault(id(t), name) for name, t in model.state_dict(keep_vars=True).items()}
     return {name: stored for name, stored in names.items() if name != stored}
@@ -246,14 +248,14 @@ def _hugging_face_builder(folder: Path, config: dict[str, Any], num_tensors: int
     for name in DEPTHS:
         _check_depth(where, config.get(name, 0), num_tensors)
     try:
-        architecture = AutoConfig.for_model(config.get("model_type"), **_without_code(config))
+        architecture = AutoConfig.for_model(str(config.get("model_type")), **_without_code(config))
         _check_depth(where, getattr(architecture, "num_hidden_layers", 0), num_tensors)
     except PackedFileError:
         raise
     except Exception as error:  # whatever transformers raises for a field of a wrong type
         raise PackedFileError(
-            f"{where}: model_type {config.get('model_type')!r} with these fields is not one that this transformers knows "
-            f"({error}); for a model of your own, pass bitbell.load(directory, model=...)"
+            f"{where}: model_type {config.get('model_type')!r} with these fields is not one that this transformers "
+            f"knows ({error}); for a model of your own, pass bitbell.load(directory, model=...)"
         ) from None
 
     def build() -> nn.Module:
@@ -312,8 +314,8 @@ def _with_packed_layers(folder: Path, model: nn.Module, quantization: dict[str, 
             raise PackedFileError(f"{where}: {name}: {error}") from None
         if (layer.rotation, layer.weight_zero_point) != (entry.get("rotation"), entry["weight_zero_point"]):
             raise PackedFileError(
-                f"{where}: {name} has rotation {entry.get('rotation')!r} and zero point {entry['weight_zero_point']!r}, "
-                f"its recipe gives {layer.rotation!r} and {layer.weight_zero_point!r}"
+                f"{where}: {name} has rotation {entry.get('rotation')!r} and zero point "
+                f"{entry['weight_zero_point']!r}, its recipe gives {layer.rotation!r} and {layer.weight_zero_point!r}"
             )
         packed[name] = layer
         paths = [path for path, module in model.named_modules(remove_duplicate=False) if module is linear]
@@ -388,7 +390,8 @@ def _check_tensors(folder: Path, model: nn.Module, header: Mapping[str, tuple[st
         floats = tensor.is_floating_point() and dtype in ("F16", "BF16", "F32") and not name.endswith("weight_scale")
         if shape != tuple(tensor.shape) or (dtype != _DTYPES.get(tensor.dtype) and not floats):
             raise PackedFileError(
-                f"{path}: the tensor {name} is {dtype} {shape}, but must be {_DTYPES.get(tensor.dtype)} {tuple(tensor.shape)}"
+                f"{path}: the tensor {name} is {dtype} {shape}, "
+                f"but must be {_DTYPES.get(tensor.dtype)} {tuple(tensor.shape)}"
             )
 
 
@@ -402,7 +405,7 @@ def _check_unsaved_buffers(folder: Path, outline: nn.Module) -> None:
 
 
 def _read_tensors(path: Path, model: nn.Module, tied: Mapping[str, str]) -> dict[str, Tensor]:
-    """The file's tensors under every name they have in `model`; what is a parameter there is one here, so that ties hold."""
+    """The file's tensors under every name they have in `model`; parameters are parameters here, so that ties hold."""
     from safetensors.torch import load_file
 
     try:

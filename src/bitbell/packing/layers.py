@@ -77,7 +77,7 @@ class PackedLinear(nn.Module, QuantizedLayer):
         assert self.activation_quantizer is not None
         total = integer_product(a.codes.reshape(-1, self.in_features), codes)
         y = self._fold_zero_points(total, a.codes).view(*a.codes.shape[:-1], self.out_features)
-        return y * self.weight_scale.reshape(1, -1) * a.step.float()
+        return y * self.weight_scale.reshape(-1) * a.step.float()
 
     def _fold_zero_points(self, total: Tensor, x_codes: Tensor) -> Tensor:
         """Product of codes (M, O) int32 -> product of levels, float32; exact, but for the last rounding of wide

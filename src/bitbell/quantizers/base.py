@@ -24,8 +24,8 @@ class Quantized(NamedTuple):
 
     values: level times step, the shape of x, float; differentiable.
     codes:  centred integer codes `-2**(bits-1) .. 2**(bits-1) - 1`, the shape of x, int8. level = code - zero point.
-    step:   value of one level, float, broadcastable to x: one a row, one a token, or one in all. NaN wherever the
-            statistics of x are NaN, so that integer codes cannot hide a NaN.
+    step:   value of one level, float, broadcastable to x: one a row, one a token, or one in all. Not finite wherever
+            its part of x holds NaN or infinity, so that integer codes cannot hide them.
     """
 
     values: Tensor

@@ -140,7 +140,7 @@ class _BellBox(torch.autograd.Function):
         codes = code.to(torch.int8)
         # Statistics of x carry its NaN (and, as 0/0, an infinite RMS) into the step; a frozen RMS has seen
         # nothing of x.
-        trace_of_nan = 0 / inverse_rms if frozen_inverse_rms is None else 0 * code.sum()
+        trace_of_nan = 0 / inverse_rms if frozen_inverse_rms is None else 0 * h.sum()
         step = scale.to(h.dtype) / half + trace_of_nan
         ctx.save_for_backward(x, scale, codes, inverse_rms)
         ctx.group = None if frozen_inverse_rms is not None else group

@@ -69,11 +69,11 @@ class _LearnedStep(torch.autograd.Function):
         half = 2 ** (bits - 1)
         code = (h / step - 0.5).round().clamp(-half, half - 1)
         codes = code.to(torch.int8)
-        traced_step = step + 0 * code.sum()  # NaN in x shows in the step, since int8 cannot carry it
+        traced_step = step + 0 * h.sum()  # NaN or infinity in x shows in the step, since int8 cannot carry it
         ctx.save_for_backward(x, scale, codes)
         ctx.bits, ctx.rotation = bits, rotation
         ctx.mark_non_differentiable(codes, traced_step)
-        return (code + 0.5) * step, codes, traced_step
+        return (code + 0.5) * traced_step, codes, traced_step
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:

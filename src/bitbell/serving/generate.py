@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from bitbell.evaluation.loss import evaluation_mode
+
 if TYPE_CHECKING:
     from bitbell.data import TextTokenizer
 
@@ -44,26 +46,24 @@ def generate(
     """Continue `prompt`. temperature 0 is greedy; top_k and top_p cut the choice (None: no cut); one seed gives one
     text.
 
-    Raises ValueError for an empty prompt, for settings out of range, and for more tokens than the model has positions.
+    The model runs in evaluation mode, whatever mode it is in. Raises ValueError for an empty prompt, for settings out
+    of range, for more tokens than the model has positions, and for a vocabulary smaller than the tokenizer's.
     """
     _check_sampling(max_new_tokens, temperature, top_k, top_p)
     ids = tokenizer.encode(prompt)
     if not ids:
         raise ValueError("the prompt is empty; give at least one character")
     inner: Any = getattr(model, "model", model) if not hasattr(model, "generation_config") else model
-    positions = inner.config.max_position_embeddings
-    if len(ids) + max_new_tokens > positions:
-        raise ValueError(
-            f"the prompt's {len(ids)} tokens and max_new_tokens={max_new_tokens} exceed the model's "
-            f"{positions} positions"
-        )
+    _check_room(inner.config, tokenizer, len(ids), max_new_tokens)
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k or 0, "top_p": top_p or 1.0}
+    # A vocabulary may be padded beyond the tokenizer's; those tokens have no text.
+    unknown = list(range(tokenizer.vocab_size, inner.config.vocab_size)) or None
     device = next(inner.parameters()).device
     prompt_ids = torch.tensor([ids], device=device)
     begun = time.perf_counter()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with evaluation_mode(inner), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         out = inner.generate(
             input_ids=prompt_ids,
@@ -72,6 +72,7 @@ def generate(
             use_cache=True,
             eos_token_id=tokenizer.end_of_text,
             pad_token_id=tokenizer.end_of_text,
+            suppress_tokens=unknown,
             **sampling,
         )
     seconds = time.perf_counter() - begun
@@ -89,6 +90,20 @@ def _check_sampling(max_new_tokens: int, temperature: float, top_k: int | None, 
         raise ValueError(f"top_k must be at least 1 or None, got {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p must be above 0 and at most 1, or None, got {top_p}")
+
+
+def _check_room(config: Any, tokenizer: TextTokenizer, num_ids: int, max_new_tokens: int) -> None:
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and num_ids + max_new_tokens > positions:
+        raise ValueError(
+            f"the prompt's {num_ids} tokens and max_new_tokens={max_new_tokens} exceed the model's "
+            f"{positions} positions"
+        )
+    if config.vocab_size < tokenizer.vocab_size:
+        raise ValueError(
+            f"the tokenizer's tokens go up to {tokenizer.vocab_size - 1}, the model's vocabulary has only "
+            f"{config.vocab_size}; use the tokenizer that the model was trained with"
+        )
 
 
 def load_tokenizer_of(directory: str | Path) -> TextTokenizer:

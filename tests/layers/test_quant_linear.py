@@ -1,0 +1,259 @@
+"""QuantLinear: the product of what its two quantizers give, exactly; and nothing else new."""
+
+import copy
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from bitbell.kernels import rotate
+from bitbell.layers import QuantLinear, Recipe
+from bitbell.layers.product import integer_linear
+from bitbell.quantizers import Quantized
+
+quick = settings(derandomize=True, max_examples=30, deadline=None)
+RECIPES = ["bbq-w2a2", "bbq-tensor-w4a4", "bbq-token-w3a1", "quest-w2a3", "quest-tuned-w1a1", "lsq-w2a2", "lsq-w1a1"]
+
+
+def calibrated(recipe: str | Recipe, width: int = 128, out: int = 5, bias: bool = True, seed: int = 0) -> QuantLinear:
+    torch.manual_seed(seed)
+    layer = QuantLinear(width, out, recipe, bias=bias)
+    layer.weight_quantizer.calibrate(layer.weight)
+    if layer.activation_quantizer is not None:
+        layer.activation_quantizer.calibrate(torch.randn(7, width))
+    return layer
+
+
+def composition(layer: QuantLinear, x: Tensor) -> Tensor:
+    """The layer written out with its quantizers' values, which live in one rotated domain."""
+    w = layer.weight_quantizer(layer.weight)
+    a = rotate(x, layer.weight_quantizer.rotation) if layer.activation_quantizer is None else layer.activation_quantizer(x)
+    return a @ w.T if layer.bias is None else a @ w.T + layer.bias
+
+
+# Values and gradients --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("recipe", [*RECIPES, "bbq-w2a16", "quest-w4a16", "lsq-w3a16"])
+def test_output_and_gradients_are_those_of_the_composition(recipe: str, bias: bool, training: bool) -> None:
+    layer = calibrated(recipe, bias=bias).double().train(training)
+    twin = copy.deepcopy(layer)
+    x = torch.randn(2, 3, 128, dtype=torch.float64)
+    g = torch.randn(2, 3, 5, dtype=torch.float64)
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y, plain = layer(ours), composition(twin, theirs)
+    y.backward(g)
+    plain.backward(g)
+    torch.testing.assert_close(y, plain, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-11, atol=1e-12)
+    for (name, p), other in zip(layer.named_parameters(), twin.parameters(), strict=True):
+        assert p.grad is not None, name
+        torch.testing.assert_close(p.grad, other.grad, rtol=1e-11, atol=1e-12, msg=name)
+
+
+@quick
+@given(
+    shape=st.sampled_from([(), (1,), (4,), (0,), (2, 3), (2, 0, 3), (1, 2, 3)]),
+    out=st.integers(1, 9),
+    recipe=st.sampled_from([*RECIPES, "bbq-w2a16"]),
+)
+def test_inputs_of_any_rank_give_the_shape_of_a_linear_layer(shape: tuple[int, ...], out: int, recipe: str) -> None:
+    layer = calibrated(recipe, out=out)
+    x = torch.randn(*shape, 128, requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    assert y.shape == (*shape, out)
+    assert x.grad is not None
+    assert x.grad.shape == x.shape
+    torch.testing.assert_close(y, composition(layer, x), rtol=1e-4, atol=1e-4)
+
+
+def exact_product(x_codes: Tensor, w_codes: Tensor, x_zero: float, w_zero: float) -> list[list[Fraction]]:
+    rows = [[Fraction(c) - Fraction(x_zero) for c in row] for row in x_codes.tolist()]
+    columns = [[Fraction(c) - Fraction(w_zero) for c in row] for row in w_codes.tolist()]
+    return [[sum((a * b for a, b in zip(r, c, strict=True)), Fraction(0)) for c in columns] for r in rows]
+
+
+@quick
+@given(
+    bits=st.tuples(st.integers(1, 4), st.integers(1, 8)),
+    zeros=st.tuples(st.sampled_from([0.0, -0.5, 0.25]), st.sampled_from([0.0, -0.5])),
+    width=st.integers(1, 200),
+    seed=st.integers(0, 2**31),
+)
+def test_half_integer_levels_multiply_exactly_in_float32(
+    bits: tuple[int, int], zeros: tuple[float, float], width: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    codes = [
+        torch.randint(-(2 ** (b - 1)), 2 ** (b - 1), (3, width), dtype=torch.int8, generator=generator) for b in bits
+    ]
+    one = torch.ones(1)
+    x, w = (Quantized(c.float(), c, one) for c in codes)
+    product = integer_linear(x, w, *zeros, torch.float32)
+    assert [[Fraction(v) for v in row] for row in product.tolist()] == exact_product(*codes, *zeros)
+
+
+def test_wide_layers_of_half_integers_multiply_exactly_in_float32() -> None:
+    width = 8192
+    generator = torch.Generator().manual_seed(0)
+    x, w = (torch.randint(-8, 8, (2, width), dtype=torch.int8, generator=generator) for _ in range(2))
+    w[0], x[0] = -8, -8  # the largest sum there is
+    quantized = [Quantized(c.float(), c, torch.ones(1)) for c in (x, w)]
+    product = integer_linear(*quantized, 0.5, -0.5, torch.float32)
+    assert [[Fraction(v) for v in row] for row in product.tolist()] == exact_product(x, w, 0.5, -0.5)
+
+
+def test_steps_of_rows_and_tokens_land_on_the_right_axes() -> None:
+    x_codes, w_codes = torch.ones(2, 3, 4, dtype=torch.int8), torch.ones(5, 4, dtype=torch.int8)
+    x_step, w_step = torch.arange(6.0).view(2, 3, 1), torch.arange(5.0).view(5, 1)
+    x, w = Quantized(x_codes.float(), x_codes, x_step), Quantized(w_codes.float(), w_codes, w_step)
+    assert torch.equal(integer_linear(x, w, 0.0, 0.0, torch.float32), 4 * x_step * w_step.view(5))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_layer_keeps_codes_for_the_backward_pass_and_no_float_copies(recipe: str) -> None:
+    layer = calibrated(recipe, width=512, out=64, bias=False)
+    x = torch.randn(64, 512, requires_grad=True)
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        layer(x)
+    known = {x.data_ptr(), *(p.data_ptr() for p in layer.parameters())}
+    extra = [t for pointer, t in kept.items() if pointer not in known]
+    assert sum(t.numel() * t.element_size() for t in extra) <= 2 * 64 * 512 + 2048
+    assert all(t.dtype == torch.int8 or t.numel() <= 64 for t in extra)
+
+
+@pytest.mark.parametrize("recipe", ["bbq-w2a2", "quest-w2a2", "lsq-w2a2"])
+@pytest.mark.parametrize("where", ["weight", "input"])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_nan_reaches_the_output_through_the_integers(recipe: str, where: str, training: bool) -> None:
+    layer = calibrated(recipe).train(training)
+    x = torch.randn(3, 128)
+    with torch.no_grad():
+        (layer.weight if where == "weight" else x)[1, 7] = float("nan")
+    y = layer(x)
+    assert (y[:, 1] if where == "weight" else y[1]).isnan().all()
+
+
+# Precision -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", [*RECIPES, "bbq-w2a16"])
+def test_autocast_gives_bfloat16_close_to_float32(recipe: str) -> None:
+    layer = calibrated(recipe)
+    x = torch.randn(4, 128, requires_grad=True)
+    y = layer(x)
+    (full,) = torch.autograd.grad(y.square().sum(), x)
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = layer(x)
+        loss = narrow.float().square().sum()
+    assert narrow.dtype == torch.bfloat16
+    torch.testing.assert_close(narrow.float(), y, rtol=0.02, atol=0.02 * y.abs().max().item())
+    (grad,) = torch.autograd.grad(loss, x)
+    assert grad.dtype == torch.float32
+    assert (grad - full).norm() < 0.05 * full.norm()
+
+
+def test_under_autocast_the_codes_are_those_of_float32() -> None:
+    layer = calibrated("bbq-w4a4")
+    x = torch.randn(4, 128)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = layer.activation_quantizer.encode(x)
+        weights = layer.weight_codes()
+    assert torch.equal(inside, layer.activation_quantizer.encode(x))
+    assert torch.equal(weights, layer.weight_codes())
+
+
+@pytest.mark.parametrize("recipe", ["bbq-w2a2", "lsq-w2a2", "quest-w2a2", "bbq-w2a16"])
+def test_a_bfloat16_layer_takes_and_gives_bfloat16(recipe: str) -> None:
+    layer = calibrated(recipe).bfloat16()
+    x = torch.randn(3, 128).bfloat16().requires_grad_()
+    y = layer(x)
+    y.sum().backward()
+    assert y.dtype == torch.bfloat16
+    assert x.grad.dtype == layer.weight.grad.dtype == torch.bfloat16
+    assert layer.weight.grad.isfinite().all()
+
+
+# A linear layer like any other -----------------------------------------------------------------------------------------
+
+
+def test_it_is_a_linear_layer_around_the_same_parameters() -> None:
+    linear = nn.Linear(128, 6).eval()
+    layer = QuantLinear.from_linear(linear, "bbq-w2a2")
+    assert isinstance(layer, nn.Linear)
+    assert layer.weight is linear.weight
+    assert layer.bias is linear.bias
+    assert not layer.training
+    assert {"weight", "bias"} <= set(layer.state_dict())
+    assert set(layer.state_dict()) - {"weight", "bias"} == {
+        "weight_quantizer.scale",
+        "weight_quantizer.calibrated",
+        "activation_quantizer.scale",
+        "activation_quantizer.calibrated",
+        "activation_quantizer.running_inverse_rms",
+    }
+
+
+def test_the_weights_of_a_float_checkpoint_load() -> None:
+    linear = nn.Linear(128, 6)
+    layer = calibrated("bbq-w2a2", out=6)
+    missing, unexpected = layer.load_state_dict(linear.state_dict(), strict=False)
+    assert not unexpected
+    assert all("quantizer" in key for key in missing)
+    assert torch.equal(layer.weight, linear.weight)
+
+
+def test_state_with_scales_and_averages_gives_the_same_output() -> None:
+    layer, fresh = calibrated("bbq-w2a2"), QuantLinear(128, 5, "bbq-w2a2")
+    layer(torch.randn(3, 128))
+    fresh.load_state_dict(layer.state_dict())
+    x = torch.randn(3, 128)
+    assert torch.equal(layer.eval()(x), fresh.eval()(x))
+
+
+def test_dtype_and_device_are_those_of_the_linear_layer() -> None:
+    layer = QuantLinear.from_linear(nn.Linear(128, 6, dtype=torch.bfloat16, device="meta"), "bbq-w2a2")
+    assert layer.weight.dtype == torch.bfloat16
+    assert layer.weight_quantizer.scale.dtype == torch.float32
+    assert all(tensor.is_meta for tensor in layer.state_dict().values())
+
+
+@pytest.mark.parametrize("recipe", ["bbq-w2a2", "quest-w2a2", "lsq-w2a2", "bbq-w2a16"])
+def test_on_the_meta_device_a_forward_pass_gives_the_shape(recipe: str) -> None:
+    layer = QuantLinear(128, 6, recipe, device="meta")
+    y = layer(torch.empty(2, 3, 128, device="meta"))
+    assert (y.shape, y.is_meta) == ((2, 3, 6), True)
+
+
+def test_weight_codes_are_those_of_the_weight_quantizer() -> None:
+    layer = calibrated("bbq-w3a3")
+    assert torch.equal(layer.weight_codes(), layer.weight_quantizer.encode(layer.weight))
+
+
+def test_its_repr_names_the_recipe() -> None:
+    assert "in_features=128, out_features=5, bias=True, recipe=bbq-w2a2" in repr(calibrated("bbq-w2a2"))
+
+
+@pytest.mark.parametrize("recipe", ["bbq-w2a2", "lsq-w2a2"])
+def test_use_before_calibration_is_refused(recipe: str) -> None:
+    with pytest.raises(RuntimeError, match="quantizer has no scale yet: call bitbell.calibrate"):
+        QuantLinear(128, 5, recipe)(torch.randn(2, 128))
+
+
+def test_a_width_that_cannot_be_rotated_is_refused_and_opting_out_works() -> None:
+    with pytest.raises(ValueError, match="a width of 100 cannot be rotated"):
+        QuantLinear(100, 5, "bbq-w2a2")
+    layer = calibrated(Recipe("bbq", 2, 2, rotation=None), width=100)
+    assert layer(torch.randn(2, 100)).shape == (2, 5)
