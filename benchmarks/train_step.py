@@ -4,14 +4,19 @@
     python benchmarks/train_step.py --models tiny --recipes none bbq-w2a2 --threads 1
 
 Candidates take turns, step by step, in one process, so that a noisy neighbour hits all alike; medians and ratios are
-reported. "Kept" counts the distinct bytes that autograd holds for the backward pass, parameters not included.
+reported. "Kept" counts the distinct bytes that autograd holds for the backward pass, parameters not included. "Peak" is how far
+the resident memory of a fresh process rises above its model during two eager steps: gradients, AdamW's state and
+activations (on a GPU: the allocator's peak).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,6 +44,7 @@ class Candidate:
     mode: str
     step: Callable[[], None]
     kept_bytes: int
+    peak_bytes: int
     seconds: list[float]
 
 
@@ -61,7 +67,7 @@ def make(name: str, recipe: str, compiled: bool, tokens: Tensor, precision: torc
         if tokens.is_cuda:
             torch.cuda.synchronize()
 
-    return Candidate(recipe, "compiled" if compiled else "eager", step, kept, [])
+    return Candidate(recipe, "compiled" if compiled else "eager", step, kept, 0, [])
 
 
 def loss_of(forward: nn.Module, model: nn.Module, tokens: Tensor, precision: torch.dtype) -> Tensor:
@@ -88,6 +94,28 @@ def kept_bytes(model: nn.Module, tokens: Tensor, precision: torch.dtype) -> int:
     return total
 
 
+def measure_peak(arguments: list[str], name: str, recipe: str) -> int:
+    """Peak memory, in bytes, of two eager steps in a process of its own."""
+    command = [sys.executable, __file__, *arguments, "--models", name, "--recipes", recipe, "--print-peak"]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+
+
+def print_peak(name: str, recipe: str, tokens: Tensor, precision: torch.dtype) -> None:
+    """What `measure_peak` runs in the other process."""
+    model = build_model(name, vocab_size=1024).to(tokens.device)
+    if recipe != "none":
+        quantize(model, recipe)
+        calibrate(model, tokens[:, :-1])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    for _ in range(2):
+        loss_of(model, model, tokens, precision).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(torch.cuda.max_memory_allocated() if tokens.is_cuda else after - before)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["tiny", "wide"])
@@ -99,11 +127,17 @@ def main() -> None:
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", default=None, help="also write the rows to this file")
+    parser.add_argument("--print-peak", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     precision = pick_precision(args.precision, device)
+    if args.print_peak:
+        tokens = torch.randint(0, 1024, (args.batch[0], args.batch[1] + 1), device=device)
+        print_peak(args.models[0], args.recipes[0], tokens, precision)
+        return
+    passed_on = ["--batch", *map(str, args.batch), "--precision", args.precision, "--device", args.device]
     rows = []
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, {precision}, batch {args.batch}")
     for name in args.models:
@@ -111,7 +145,9 @@ def main() -> None:
         candidates = [
             make(name, recipe, mode == "compiled", tokens, precision) for mode in args.modes for recipe in args.recipes
         ]
+        peaks = {recipe: measure_peak(passed_on, name, recipe) for recipe in args.recipes}
         for candidate in candidates:
+            candidate.peak_bytes = peaks[candidate.recipe]
             candidate.step()
             candidate.step()
         for _ in range(args.rounds):
@@ -128,7 +164,7 @@ def main() -> None:
 def summarize(name: str, candidates: list[Candidate]) -> list[dict]:
     """Print and return medians, and ratios to full precision of the same mode."""
     rows = []
-    print(f"\n| {name} | mode | ms/step | x full precision | kept MB | x full precision |\n|---|---|---|---|---|---|")
+    print(f"\n| {name} | mode | ms/step | x full precision | kept MB | x full precision | peak MB |\n|{'---|' * 7}")
     for candidate in candidates:
         base = next(c for c in candidates if c.mode == candidate.mode and c.recipe == candidates[0].recipe)
         # The median of ratios within a round: both sides of each ratio were measured seconds apart.
@@ -141,11 +177,12 @@ def summarize(name: str, candidates: list[Candidate]) -> list[dict]:
             "ratio": ratio,
             "kept_mb": candidate.kept_bytes / 1e6,
             "kept_ratio": candidate.kept_bytes / base.kept_bytes,
+            "peak_mb": candidate.peak_bytes / 1e6,
         }
         rows.append(row)
         print(
             f"| {row['recipe']} | {row['mode']} | {row['ms']:.1f} | {ratio:.2f} | {row['kept_mb']:.1f} "
-            f"| {row['kept_ratio']:.2f} |",
+            f"| {row['kept_ratio']:.2f} | {row['peak_mb']:.0f} |",
             flush=True,
         )
     return rows

@@ -31,7 +31,7 @@ def test_the_demo_makes_everything_it_promises_and_repeats_nothing(
     assert all(name in page for name in names)
     before = {p: p.stat().st_mtime_ns for p in out.rglob("metrics.jsonl")}
     assert main([*arguments, "--steps", "3"]) == 0
-    assert capsys.readouterr().out.count("finished already") == 4
+    assert capsys.readouterr().err.count("is finished already") == 4
     assert {p: p.stat().st_mtime_ns for p in out.rglob("metrics.jsonl")} == before
     assert main([*arguments, "--steps", "4"]) == 1
     assert "steps was 3, is 4" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The operators against definitions written a second way: Python integers, int64, the recursive Sylvester construction."""
+"""The operators against definitions written a second way: Python integers, int64, recursive Sylvester matrices."""
 
 import math
 
@@ -38,7 +38,10 @@ def words_by_hand(codes: list[int], bits: int) -> list[int]:
     """One long Python integer, least significant bit first, cut into signed 32-bit words."""
     stream = sum(code << (place * bits) for place, code in enumerate(codes))
     count = math.ceil(len(codes) * bits / 32)
-    return [int.from_bytes(stream.to_bytes(4 * count, "little")[4 * i : 4 * i + 4], "little", signed=True) for i in range(count)]
+    return [
+        int.from_bytes(stream.to_bytes(4 * count, "little")[4 * i : 4 * i + 4], "little", signed=True)
+        for i in range(count)
+    ]
 
 
 def sylvester(order: int) -> Tensor:
@@ -48,7 +51,7 @@ def sylvester(order: int) -> Tensor:
     return matrix / math.sqrt(order)
 
 
-# Packing ---------------------------------------------------------------------------------------------------------------
+# Packing ----------------------------------------------------------------------------------------------------
 
 
 @quick
@@ -89,7 +92,9 @@ def test_the_last_word_is_padded_with_zeros(bits: int) -> None:
     assert last == (1 << (used - 32 * (packed_words(33, bits) - 1))) - 1
 
 
-@pytest.mark.parametrize(("columns", "bits", "words"), [(0, 3, 0), (1, 1, 1), (32, 1, 1), (33, 1, 2), (11, 3, 2), (640, 3, 60)])
+@pytest.mark.parametrize(
+    ("columns", "bits", "words"), [(0, 3, 0), (1, 1, 1), (32, 1, 1), (33, 1, 2), (11, 3, 2), (640, 3, 60)]
+)
 def test_three_bits_cost_three_bits(columns: int, bits: int, words: int) -> None:
     assert packed_words(columns, bits) == words
 
@@ -115,19 +120,20 @@ def test_codes_that_do_not_fit_are_refused() -> None:
 
 @pytest.mark.parametrize("codes", [torch.zeros(2, 2, dtype=torch.int32), torch.zeros(2, dtype=torch.uint8)])
 def test_codes_of_another_type_or_shape_are_refused(codes: Tensor) -> None:
-    with pytest.raises(ValueError, match="codes must be a uint8 matrix, got torch"):
+    with pytest.raises(ValueError, match=r"codes must be a uint8 matrix, got torch"):
         pack_codes(codes, 2)
 
 
 @pytest.mark.parametrize(
-    "words", [torch.zeros(2, 2, dtype=torch.int64), torch.zeros(2, dtype=torch.int32), torch.zeros(2, 3, dtype=torch.int32)]
+    "words",
+    [torch.zeros(2, 2, dtype=torch.int64), torch.zeros(2, dtype=torch.int32), torch.zeros(2, 3, dtype=torch.int32)],
 )
 def test_words_of_another_type_or_shape_are_refused(words: Tensor) -> None:
     with pytest.raises(ValueError, match=r"words must be int32 of shape \(rows, 2\) for 20 codes of 3 bits, got torch"):
         unpack_codes(words, 3, 20)
 
 
-# Rotation --------------------------------------------------------------------------------------------------------------
+# Rotation ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("order", [1, 2, 4, 16, 128, 512])
@@ -141,7 +147,7 @@ def test_hadamard_is_sylvesters_matrix_symmetric_and_orthogonal(order: int) -> N
 
 @pytest.mark.parametrize("order", [0, -2, 3, 96])
 def test_hadamard_of_another_order_is_refused(order: int) -> None:
-    with pytest.raises(ValueError, match=f"block must be a power of two, got {order}"):
+    with pytest.raises(ValueError, match=rf"block must be a power of two, got {order}"):
         hadamard(order)
 
 
@@ -167,7 +173,9 @@ def test_the_gradient_of_a_rotation_is_the_rotated_gradient() -> None:
     g = torch.randn(2, 64, dtype=torch.float64)
     rotate(x, 32).backward(g)
     torch.testing.assert_close(x.grad, rotate(g, 32), rtol=0, atol=1e-14)
-    assert torch.autograd.gradcheck(lambda t: rotate(t, 16), (torch.randn(1, 32, dtype=torch.float64, requires_grad=True),))
+    assert torch.autograd.gradcheck(
+        lambda t: rotate(t, 16), (torch.randn(1, 32, dtype=torch.float64, requires_grad=True),)
+    )
 
 
 @pytest.mark.parametrize("block", [None, 1])
@@ -215,7 +223,19 @@ def test_a_rotation_first_done_on_fake_tensors_still_works_on_real_ones() -> Non
 
 @pytest.mark.parametrize(
     ("width", "block"),
-    [(16, 16), (48, 16), (80, 16), (96, 32), (192, 64), (640, 128), (768, 128), (1792, 128), (3584, 128), (1024, 128), (11008, 128)],
+    [
+        (16, 16),
+        (48, 16),
+        (80, 16),
+        (96, 32),
+        (192, 64),
+        (640, 128),
+        (768, 128),
+        (1792, 128),
+        (3584, 128),
+        (1024, 128),
+        (11008, 128),
+    ],
 )
 def test_the_rotation_block_is_the_largest_power_of_two_that_divides_the_width(width: int, block: int) -> None:
     assert rotation_block(width) == block
@@ -228,7 +248,7 @@ def test_rotation_block_agrees_with_a_search(width: int, exponent: int) -> None:
     at_most = 2**exponent
     best = max(2**e for e in range(exponent + 1) if width % 2**e == 0)
     if best < min(16, at_most):
-        with pytest.raises(ValueError, match=f"a width of {width} cannot be rotated.*rotation=None"):
+        with pytest.raises(ValueError, match=rf"a width of {width} cannot be rotated.*rotation=None"):
             rotation_block(width, at_most)
     else:
         assert rotation_block(width, at_most) == best
@@ -237,17 +257,19 @@ def test_rotation_block_agrees_with_a_search(width: int, exponent: int) -> None:
 @pytest.mark.parametrize("width", [1, 7, 100, 1365])
 def test_a_width_that_hardly_divides_is_refused(width: int) -> None:
     divides = width & -width
-    with pytest.raises(ValueError, match=f"a width of {width} cannot be rotated: .* divides it is {divides}, and at least 16"):
+    with pytest.raises(
+        ValueError, match=rf"a width of {width} cannot be rotated: .* divides it is {divides}, and at least 16"
+    ):
         rotation_block(width)
 
 
 @pytest.mark.parametrize("at_most", [0, -4, 96])
 def test_a_rotation_that_is_no_power_of_two_is_refused(at_most: int) -> None:
-    with pytest.raises(ValueError, match=f"rotation must be a power of two or None, got {at_most}"):
+    with pytest.raises(ValueError, match=rf"rotation must be a power of two or None, got {at_most}"):
         rotation_block(128, at_most)
 
 
-# Integer product -------------------------------------------------------------------------------------------------------
+# Integer product --------------------------------------------------------------------------------------------
 
 
 @quick
@@ -273,7 +295,9 @@ def test_the_integer_product_is_exact_at_the_extremes(value: int) -> None:
     assert integer_product(a, b).tolist() == [[-128 * value * k] * 2]
 
 
-def test_the_cpu_kernel_and_the_int8_product_of_torch_agree_with_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cpu_kernel_and_the_int8_product_of_torch_agree_with_the_definition(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     a, b = random_int8(3, 5, 1500), random_int8(4, 7, 1500)
     plain = integer_product._init_fn(a, b)
     assert torch.equal(integer_product(a, b), plain)
@@ -298,7 +322,7 @@ def test_strided_operands_multiply_like_their_copies() -> None:
     ],
 )
 def test_operands_that_are_no_int8_matrices_are_refused(a: Tensor, b: Tensor) -> None:
-    with pytest.raises(ValueError, match="integer_product takes two int8 matrices, got"):
+    with pytest.raises(ValueError, match=r"integer_product takes two int8 matrices, got"):
         integer_product(a, b)
 
 
@@ -308,7 +332,7 @@ def test_operands_of_different_or_overflowing_width_are_refused(k_a: int, k_b: i
         integer_product(torch.zeros(1, k_a, dtype=torch.int8), torch.zeros(1, k_b, dtype=torch.int8))
 
 
-# Registration ----------------------------------------------------------------------------------------------------------
+# Registration -----------------------------------------------------------------------------------------------
 
 
 def test_the_operators_pass_torchs_own_checks_of_registration() -> None:
@@ -323,7 +347,9 @@ def test_the_operators_know_their_shapes_without_data() -> None:
     assert (words.shape, words.dtype, words.device.type) == ((6, 2), torch.int32, "meta")
     back = unpack_codes(words, 3, 11)
     assert (back.shape, back.dtype) == ((6, 11), torch.uint8)
-    product = integer_product(torch.empty(2, 8, dtype=torch.int8, device="meta"), torch.empty(5, 8, dtype=torch.int8, device="meta"))
+    product = integer_product(
+        torch.empty(2, 8, dtype=torch.int8, device="meta"), torch.empty(5, 8, dtype=torch.int8, device="meta")
+    )
     assert (product.shape, product.dtype) == ((2, 5), torch.int32)
 
 

@@ -64,7 +64,8 @@ def test_every_quantizer_is_calibrated_on_what_it_will_see(recipe: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "batch", [torch.ones(2, 32), (torch.ones(2, 32),), [torch.ones(2, 32), 1.0], {"x": torch.ones(2, 32), "factor": 1.0}]
+    "batch",
+    [torch.ones(2, 32), (torch.ones(2, 32),), [torch.ones(2, 32), 1.0], {"x": torch.ones(2, 32), "factor": 1.0}],
 )
 def test_a_batch_may_be_a_tensor_a_tuple_or_keywords(batch: Any) -> None:
     expected = state(calibrate(pair(), torch.ones(2, 32)))
@@ -108,10 +109,12 @@ def test_calibration_makes_no_gradients_and_leaves_no_hooks() -> None:
 def test_a_running_average_is_set_and_not_moved() -> None:
     x = torch.randn(5, 32)
     model = calibrate(pair(), x)
-    assert model.first.activation_quantizer.running_inverse_rms.item() == pytest.approx(1 / x.square().mean().sqrt().item(), rel=1e-5)
+    assert model.first.activation_quantizer.running_inverse_rms.item() == pytest.approx(
+        1 / x.square().mean().sqrt().item(), rel=1e-5
+    )
 
 
-# What stands in the way ------------------------------------------------------------------------------------------------
+# What stands in the way -------------------------------------------------------------------------------------
 
 
 def test_a_weight_with_nan_is_refused_naming_the_layer() -> None:
@@ -124,9 +127,11 @@ def test_a_weight_with_nan_is_refused_naming_the_layer() -> None:
     assert model.training
 
 
-@pytest.mark.parametrize(("batch", "what"), [(torch.full((2, 32), float("inf")), "NaN or infinity"), (torch.zeros(0, 32), "an empty")])
+@pytest.mark.parametrize(
+    ("batch", "what"), [(torch.full((2, 32), float("inf")), "NaN or infinity"), (torch.zeros(0, 32), "an empty")]
+)
 def test_an_input_that_says_nothing_is_refused_naming_the_layer(batch: Tensor, what: str) -> None:
-    with pytest.raises(ValueError, match=f"input of first: cannot calibrate bbq on .*{what}"):
+    with pytest.raises(ValueError, match=rf"input of first: cannot calibrate bbq on .*{what}"):
         calibrate(pair(), batch)
 
 
@@ -135,14 +140,16 @@ def test_layers_that_the_batch_does_not_reach_are_named() -> None:
     model.used, model.unused = nn.Linear(32, 32), nn.Linear(32, 32)
     model.forward = lambda x: model.used(x)  # type: ignore[method-assign]
     quantize(model, "bbq-w2a2")
-    with pytest.raises(ValueError, match="the batch did not reach 2 quantizers.*unused.weight_quantizer"):
+    with pytest.raises(ValueError, match=r"the batch did not reach 2 quantizers.*unused.weight_quantizer"):
         calibrate(model, torch.randn(2, 32))
 
 
 def test_siblings_fed_different_tensors_are_refused_with_the_remedy() -> None:
     x, memory = torch.randn(2, 32), torch.randn(2, 32)
     model = quantize(Attention(), "bbq-w2a2")
-    with pytest.raises(ValueError, match="k_proj and q_proj share one activation quantizer but are fed different.*share_inputs=False"):
+    with pytest.raises(
+        ValueError, match=r"k_proj and q_proj share one activation quantizer but are fed different.*share_inputs=False"
+    ):
         calibrate(model, (x, memory))
     calibrate(quantize(Attention(), "bbq-w2a2", share_inputs=False), (x, memory))
 
@@ -150,6 +157,14 @@ def test_siblings_fed_different_tensors_are_refused_with_the_remedy() -> None:
 def test_a_block_that_runs_more_than_once_may_share_its_inputs() -> None:
     model = calibrate(quantize(Attention(), "bbq-w2a2"), {"x": torch.randn(2, 32), "rounds": 3})
     assert all(layer.shared_input is not None for _, layer in quantized_layers(model))
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_what_runs_more_than_once_is_calibrated_on_its_first_input(again: bool) -> None:
+    x = 9 * torch.randn(2, 32)
+    model = quantize(Attention(), "bbq-w2a2")
+    calibrate(model, {"x": x, "rounds": 3}, again=again)
+    assert model.q_proj.activation_quantizer.scale.item() == pytest.approx(1.694 * x.square().mean().sqrt().item())
 
 
 def test_a_model_without_quantized_layers_is_just_run() -> None:

@@ -13,7 +13,12 @@ def model() -> nn.Module:
     block.down = nn.Linear(48, 32, bias=False)
     block.skipped = nn.Linear(32, 32)
     whole = nn.Module()
-    whole.embed, whole.block, whole.norm, whole.lm_head = nn.Embedding(10, 32), block, nn.LayerNorm(32), nn.Linear(32, 10)
+    whole.embed, whole.block, whole.norm, whole.lm_head = (
+        nn.Embedding(10, 32),
+        block,
+        nn.LayerNorm(32),
+        nn.Linear(32, 10),
+    )
     return whole
 
 
@@ -30,7 +35,10 @@ def test_every_layer_has_a_row_in_order_with_its_setting_or_reason() -> None:
         "norm",
         "lm_head",
     ]
-    assert {name: row.setting for name, row in rows.items() if not row.reason} == {"block.up": "bbq-w3a3", "block.down": "bbq-w3a3"}
+    assert {name: row.setting for name, row in rows.items() if not row.reason} == {
+        "block.up": "bbq-w3a3",
+        "block.down": "bbq-w3a3",
+    }
     assert {name: row.reason for name, row in rows.items() if row.reason} == {
         "embed": "embeddings keep full precision",
         "block.attention": "a MultiheadAttention is not quantized",

@@ -30,11 +30,15 @@ def calibrated(recipe: str | Recipe, width: int = 128, out: int = 5, bias: bool 
 def composition(layer: QuantLinear, x: Tensor) -> Tensor:
     """The layer written out with its quantizers' values, which live in one rotated domain."""
     w = layer.weight_quantizer(layer.weight)
-    a = rotate(x, layer.weight_quantizer.rotation) if layer.activation_quantizer is None else layer.activation_quantizer(x)
+    a = (
+        rotate(x, layer.weight_quantizer.rotation)
+        if layer.activation_quantizer is None
+        else layer.activation_quantizer(x)
+    )
     return a @ w.T if layer.bias is None else a @ w.T + layer.bias
 
 
-# Values and gradients --------------------------------------------------------------------------------------------------
+# Values and gradients ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -146,7 +150,7 @@ def test_a_nan_reaches_the_output_through_the_integers(recipe: str, where: str, 
     assert (y[:, 1] if where == "weight" else y[1]).isnan().all()
 
 
-# Precision -------------------------------------------------------------------------------------------------------------
+# Precision --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("recipe", [*RECIPES, "bbq-w2a16"])
@@ -186,7 +190,26 @@ def test_a_bfloat16_layer_takes_and_gives_bfloat16(recipe: str) -> None:
     assert layer.weight.grad.isfinite().all()
 
 
-# A linear layer like any other -----------------------------------------------------------------------------------------
+def test_a_layer_compiles_into_one_graph_of_generated_code_with_the_same_numbers() -> None:
+    torch._dynamo.reset()
+    eager = calibrated("bbq-w2a2").double()
+    traced = copy.deepcopy(eager)
+    compiled = torch.compile(traced, fullgraph=True)
+    x, g = torch.randn(3, 128, dtype=torch.float64), torch.randn(3, 5, dtype=torch.float64)
+    results = []
+    for layer in (eager, compiled):
+        leaf = x.clone().requires_grad_()
+        y = layer(leaf)
+        y.backward(g)
+        results.append((y.detach(), leaf.grad))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-10, atol=1e-12)
+    for (name, ours), theirs in zip(traced.named_parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-10, atol=1e-12, msg=name)
+    moved, expected = (q.activation_quantizer.running_inverse_rms for q in (traced, eager))
+    torch.testing.assert_close(moved, expected, rtol=1e-6, atol=0)
+
+
+# A linear layer like any other ------------------------------------------------------------------------------
 
 
 def test_it_is_a_linear_layer_around_the_same_parameters() -> None:
@@ -248,12 +271,12 @@ def test_its_repr_names_the_recipe() -> None:
 
 @pytest.mark.parametrize("recipe", ["bbq-w2a2", "lsq-w2a2"])
 def test_use_before_calibration_is_refused(recipe: str) -> None:
-    with pytest.raises(RuntimeError, match="quantizer has no scale yet: call bitbell.calibrate"):
+    with pytest.raises(RuntimeError, match=r"quantizer has no scale yet: call bitbell.calibrate"):
         QuantLinear(128, 5, recipe)(torch.randn(2, 128))
 
 
 def test_a_width_that_cannot_be_rotated_is_refused_and_opting_out_works() -> None:
-    with pytest.raises(ValueError, match="a width of 100 cannot be rotated"):
+    with pytest.raises(ValueError, match=r"a width of 100 cannot be rotated"):
         QuantLinear(100, 5, "bbq-w2a2")
     layer = calibrated(Recipe("bbq", 2, 2, rotation=None), width=100)
     assert layer(torch.randn(2, 100)).shape == (2, 5)

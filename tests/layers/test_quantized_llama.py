@@ -9,15 +9,15 @@ from torch import Tensor, nn
 from bitbell.layers import calibrate, quantize, quantized_layers, report
 
 
-def build(recipe: str | None = "bbq-w2a2", seed: int = 0, width: int = 128) -> nn.Module:
+def build(recipe: str | None = "bbq-w2a2", seed: int = 0, layers: int = 2) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=37,
-        hidden_size=width,
+        hidden_size=128,
         intermediate_size=192,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=32,
@@ -109,14 +109,18 @@ def test_a_few_steps_of_training_lower_the_loss() -> None:
     assert losses[-1] < 0.6 * losses[0]
 
 
-def test_the_model_compiles_into_one_graph_that_gives_the_same_numbers() -> None:
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_the_model_compiles_into_one_graph_that_gives_the_same_numbers(backend: str) -> None:
+    """In float64, but for norms and the rotary embedding, which transformers computes in float32 whatever comes."""
     torch._dynamo.reset()
-    model = calibrate(build("bbq-w2a2"), {"input_ids": tokens()}).double()
+    model = calibrate(build("bbq-w2a2", layers=1), {"input_ids": tokens()}).double()
     twin = copy.deepcopy(model)
-    compiled = torch.compile(twin, fullgraph=True, dynamic=False)
-    for run in (model, compiled):
-        run(input_ids=tokens(), labels=tokens(), use_cache=False).loss.backward()
+    compiled = torch.compile(twin, fullgraph=True, dynamic=False, backend=backend)
+    losses = [run(input_ids=tokens(), labels=tokens(), use_cache=False).loss for run in (model, compiled)]
+    for loss in losses:
+        loss.backward()
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-6, atol=0)
     for (name, ours), theirs in zip(twin.named_parameters(), model.parameters(), strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-8, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+        assert (ours.grad - theirs.grad).abs().max() < 1e-5 * theirs.grad.abs().max(), name
     for (name, ours), theirs in zip(twin.named_buffers(), model.buffers(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=0, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0, msg=lambda m, n=name: f"{n}: {m}")

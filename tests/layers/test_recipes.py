@@ -97,74 +97,81 @@ def test_names_of_nothing_are_none() -> None:
     assert as_recipe(recipe) is recipe
 
 
-# What is refused -------------------------------------------------------------------------------------------------------
+# What is refused --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["", "bbq", "bbq-2", "bbq-w2", "bbq_w2a2", "BBQ-w2a2", "bbq-w2a2-x", "w2a2", "bbq-w2a2+"])
+@pytest.mark.parametrize(
+    "name", ["", "bbq", "bbq-2", "bbq-w2", "bbq_w2a2", "BBQ-w2a2", "bbq-w2a2-x", "w2a2", "bbq-w2a2+"]
+)
 def test_a_name_of_another_form_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=r"a recipe is named like 'bbq-w2a2' or 'quest-w4a16' .*, got '"):
         Recipe.parse(name)
 
 
 def test_an_unknown_variant_is_refused_with_a_suggestion() -> None:
-    with pytest.raises(ValueError, match=r"unknown method 'bqq' in recipe 'bqq-w2a2'; there are .*Did you mean 'bbq'\?"):
+    with pytest.raises(
+        ValueError, match=r"unknown method 'bqq' in recipe 'bqq-w2a2'; there are .*Did you mean 'bbq'\?"
+    ):
         Recipe.parse("bqq-w2a2")
-    with pytest.raises(ValueError, match="unknown method 'bbqq'.*Did you mean 'bbq'"):
+    with pytest.raises(ValueError, match=r"unknown method 'bbqq'.*Did you mean 'bbq'"):
         Recipe("bbqq", 2)
 
 
 @pytest.mark.parametrize(
-    ("name", "argument", "bits"), [("bbq-w0a2", "weights", 0), ("bbq-w16a16", "weights", 16), ("bbq-w2a9", "activations", 9)]
+    ("name", "argument", "bits"),
+    [("bbq-w0a2", "weights", 0), ("bbq-w16a16", "weights", 16), ("bbq-w2a9", "activations", 9)],
 )
 def test_bits_outside_one_to_eight_are_refused(name: str, argument: str, bits: int) -> None:
-    with pytest.raises(ValueError, match=f"{argument} must be an integer from 1 to 8 bits, got {argument}={bits}"):
+    with pytest.raises(ValueError, match=rf"{argument} must be an integer from 1 to 8 bits, got {argument}={bits}"):
         Recipe.parse(name)
 
 
 def test_zero_activation_bits_do_not_mean_none() -> None:
-    with pytest.raises(ValueError, match="activations must be an integer from 1 to 8 bits, got activations=0"):
+    with pytest.raises(ValueError, match=r"activations must be an integer from 1 to 8 bits, got activations=0"):
         Recipe.parse("bbq-w2a0")
 
 
 @pytest.mark.parametrize("bits", [2.0, "2", True])
 def test_bits_that_are_no_integers_are_refused(bits: Any) -> None:
-    with pytest.raises(ValueError, match="weights must be an integer from 1 to 8 bits"):
+    with pytest.raises(ValueError, match=r"weights must be an integer from 1 to 8 bits"):
         Recipe("bbq", bits)
 
 
 def test_weights_cannot_be_left_alone() -> None:
-    with pytest.raises(ValueError, match="weights must be an integer from 1 to 8 bits, got weights=None"):
+    with pytest.raises(ValueError, match=r"weights must be an integer from 1 to 8 bits, got weights=None"):
         Recipe("bbq", None, 2)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("rotation", [0, -128, 96, "128", 2.0, True])
 def test_a_rotation_that_cannot_be_is_refused(rotation: Any) -> None:
-    with pytest.raises(ValueError, match="rotation must be 'auto', a power of two or None, got"):
+    with pytest.raises(ValueError, match=r"rotation must be 'auto', a power of two or None, got"):
         Recipe("bbq", 2, 2, rotation=rotation)
 
 
 def test_a_chosen_rotation_that_does_not_divide_the_width_is_refused() -> None:
-    with pytest.raises(ValueError, match="rotation=128 does not divide the layer's input width 192; use 'auto' or None"):
+    with pytest.raises(
+        ValueError, match=r"rotation=128 does not divide the layer's input width 192; use 'auto' or None"
+    ):
         Recipe("bbq", 2, 2, rotation=128).quantizers_for(4, 192)
 
 
 def test_a_width_that_cannot_be_rotated_is_refused() -> None:
-    with pytest.raises(ValueError, match="a width of 100 cannot be rotated"):
+    with pytest.raises(ValueError, match=r"a width of 100 cannot be rotated"):
         Recipe("bbq", 2, 2).quantizers_for(4, 100)
     assert Recipe("lsq", 2, 2).quantizers_for(4, 100)[0].rotation is None
 
 
 def test_wrong_options_are_refused_where_they_are_written() -> None:
-    with pytest.raises(ValueError, match="lsq has no option 'rms'; it has bits, rows, rotation"):
+    with pytest.raises(ValueError, match=r"lsq has no option 'rms'; it has bits, rows, rotation"):
         Recipe("lsq", 2, 2, activation_options={"rms": "token"})
-    with pytest.raises(ValueError, match="rms must be one of tensor, running, token, got rms='batch'"):
+    with pytest.raises(ValueError, match=r"rms must be one of tensor, running, token, got rms='batch'"):
         Recipe("bbq", 2, 2, activation_options={"rms": "batch"})
 
 
 @pytest.mark.parametrize("argument", ["weight_options", "activation_options"])
 @pytest.mark.parametrize("option", ["bits", "rotation"])
 def test_options_may_not_contradict_the_fields(argument: str, option: str) -> None:
-    with pytest.raises(ValueError, match=f"{argument} may not hold '{option}': it is a field of the recipe itself"):
+    with pytest.raises(ValueError, match=rf"{argument} may not hold '{option}': it is a field of the recipe itself"):
         Recipe("bbq", 2, 2, **{argument: {option: 4}})
 
 

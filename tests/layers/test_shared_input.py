@@ -128,6 +128,15 @@ def test_a_layer_called_alone_sees_every_change() -> None:
     torch.testing.assert_close(model.k_proj(x) - model.k_proj.bias, 2 * (first - model.k_proj.bias))
 
 
+def test_a_layer_called_alone_twice_has_a_graph_of_its_own_each_time() -> None:
+    model = build()
+    calls = Calls(model.q_proj.activation_quantizer)
+    x = torch.randn(2, 128, requires_grad=True)
+    for _ in range(2):
+        model.k_proj(x).sum().backward()
+    assert calls.count == 2
+
+
 @torch.no_grad()
 def test_a_sibling_called_later_sees_a_changed_scale_and_a_changed_input() -> None:
     model = build().eval()

@@ -56,7 +56,7 @@ def kept(model: nn.Module) -> dict[str, str]:
     return model.__dict__["kept_in_full_precision"]
 
 
-# Rules -----------------------------------------------------------------------------------------------------------------
+# Rules ------------------------------------------------------------------------------------------------------
 
 
 def test_a_recipe_swaps_every_linear_layer_but_the_head_in_place() -> None:
@@ -121,13 +121,15 @@ def test_a_rule_may_leave_alone_what_is_never_swapped() -> None:
 
 @pytest.mark.parametrize("pattern", ["blocks.1", "mlp.*"])
 def test_leaving_alone_a_container_or_a_part_of_a_name_is_refused(pattern: str) -> None:
-    with pytest.raises(ValueError, match=f"rule '{re.escape(pattern)}' matches no linear layer of the model"):
+    with pytest.raises(ValueError, match=rf"rule '{re.escape(pattern)}' matches no linear layer of the model"):
         quantize(Model(), {pattern: None, "*": "bbq-w2a2"})
 
 
 @pytest.mark.parametrize("pattern", ["*.attention.*", "re:.*attention.*"])
 def test_a_rule_that_matches_nothing_is_refused_with_a_layer_to_compare(pattern: str) -> None:
-    with pytest.raises(ValueError, match=r"rule '.*attention.*' matches no linear layer of the model. .* called e.g. 'blocks"):
+    with pytest.raises(
+        ValueError, match=r"rule '.*attention.*' matches no linear layer of the model. .* called e.g. 'blocks"
+    ):
         quantize(Model(), {pattern: "bbq-w2a2", "*": "bbq-w4a4"})
 
 
@@ -147,12 +149,12 @@ def test_a_refused_call_leaves_the_model_as_it_was() -> None:
 
 @pytest.mark.parametrize("rules", [{}, None, 3, ["bbq-w2a2"]])
 def test_rules_of_another_type_are_refused(rules: Any) -> None:
-    with pytest.raises(ValueError, match="rules must be a recipe, its name, or a mapping of patterns to recipes, got"):
+    with pytest.raises(ValueError, match=r"rules must be a recipe, its name, or a mapping of patterns to recipes, got"):
         quantize(Model(), rules)
 
 
 def test_a_rule_that_gives_no_recipe_is_refused() -> None:
-    with pytest.raises(ValueError, match="rule '\\*' must give a Recipe, a recipe's name or None, got 4"):
+    with pytest.raises(ValueError, match=r"rule '\*' must give a Recipe, a recipe's name or None, got 4"):
         quantize(Model(), {"*": 4})  # type: ignore[dict-item]
 
 
@@ -162,19 +164,19 @@ def test_a_broken_regular_expression_is_refused() -> None:
 
 
 def test_a_quantized_model_is_refused() -> None:
-    with pytest.raises(ValueError, match="this model is quantized already"):
+    with pytest.raises(ValueError, match=r"this model is quantized already"):
         quantize(quantize(Model(), "bbq-w2a2"), "bbq-w2a2")
 
 
 def test_a_model_without_layers_to_quantize_is_refused_with_the_reasons() -> None:
-    with pytest.raises(ValueError, match="has no layer to quantize: it has no nn.Linear"):
+    with pytest.raises(ValueError, match=r"has no layer to quantize: it has no nn.Linear"):
         quantize(nn.Sequential(nn.ReLU()), {"0": None})
-    with pytest.raises(ValueError, match="no layer to quantize: head: the output head keeps full precision"):
+    with pytest.raises(ValueError, match=r"no layer to quantize: head: the output head keeps full precision"):
         quantize(nn.Sequential(OrderedDict(head=nn.Linear(32, 2))), "bbq-w2a2")
 
 
 def test_a_single_layer_is_refused_with_the_way_to_do_it() -> None:
-    with pytest.raises(ValueError, match="for a single layer use QuantLinear.from_linear"):
+    with pytest.raises(ValueError, match=r"for a single layer use QuantLinear.from_linear"):
         quantize(nn.Linear(32, 2), "bbq-w2a2")
 
 
@@ -190,7 +192,7 @@ def test_a_width_that_cannot_be_rotated_is_refused_naming_the_layer_and_the_ways
     assert model.first.weight_quantizer.rotation == 32
 
 
-# What is not a plain linear layer --------------------------------------------------------------------------------------
+# What is not a plain linear layer ---------------------------------------------------------------------------
 
 
 def test_the_hidden_linear_of_multihead_attention_is_left_alone_with_the_reason() -> None:
@@ -232,7 +234,7 @@ def test_tied_weights_stay_tied() -> None:
     assert model.lm_head.weight is model.embed.weight
 
 
-# State -----------------------------------------------------------------------------------------------------------------
+# State ------------------------------------------------------------------------------------------------------
 
 
 def test_a_float_checkpoint_loads_into_the_quantized_model() -> None:

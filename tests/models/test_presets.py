@@ -12,7 +12,9 @@ PUBLISHED = {"30m": 30_482_560, "50m": 49_556_736, "100m": 102_777_856, "200m": 
 
 
 def non_embedding_parameters(model: nn.Module) -> int:
-    return sum(p.numel() for name, p in model.named_parameters() if "embed_tokens" not in name and "lm_head" not in name)
+    return sum(
+        p.numel() for name, p in model.named_parameters() if "embed_tokens" not in name and "lm_head" not in name
+    )
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -73,7 +75,9 @@ def test_vocabulary_and_length_default_to_the_presets() -> None:
     assert llama_config("30m", vocab_size=50_304).vocab_size == 50_304
 
 
-@pytest.mark.parametrize(("name", "hint"), [("30M", " Did you mean '30m'?"), ("tinny", " Did you mean 'tiny'?"), ("7b", "")])
+@pytest.mark.parametrize(
+    ("name", "hint"), [("30M", " Did you mean '30m'?"), ("tinny", " Did you mean 'tiny'?"), ("7b", "")]
+)
 def test_an_unknown_preset_is_refused_with_a_suggestion(name: str, hint: str) -> None:
     for use in (find_preset, build_model, llama_config):
         with pytest.raises(ValueError) as caught:

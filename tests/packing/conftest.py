@@ -14,15 +14,15 @@ from torch import Tensor, nn
 import bitbell
 from bitbell.layers import QuantLinear, Recipe
 
-MakeLlama = Callable[..., nn.Module]
+MakeLlama = Callable[..., Any]
 MakeLayer = Callable[..., QuantLinear]
 
 
-def llama(recipe: Any, **fields: Any) -> nn.Module:
+def llama(recipe: Any, **fields: Any) -> Any:
     """A LLaMA of a few thousand weights, quantized and calibrated, in evaluation mode."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    settings = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
+    settings: dict[str, Any] = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
     settings |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64}
     settings |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "tie_word_embeddings": False}
     with torch.random.fork_rng(devices=[]):

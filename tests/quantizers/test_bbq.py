@@ -1,4 +1,4 @@
-"""BBQ against its paper: thresholds, levels, entropy, initial scale; and its gradient against autograd of the plain formula."""
+"""BBQ against its paper: thresholds, levels, entropy, initial scale; its gradient against autograd of the formula."""
 
 import math
 
@@ -53,7 +53,7 @@ def unit_rms_quantizer(bits: int, **options: object) -> BBQ:
     return q
 
 
-# Forward ---------------------------------------------------------------------------------------------------------------
+# Forward ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
@@ -204,7 +204,7 @@ def test_no_gradient_is_computed_that_is_not_asked_for() -> None:
     assert x.grad is not None
 
 
-# Initial scale, entropy ------------------------------------------------------------------------------------------------
+# Initial scale, entropy -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
@@ -232,7 +232,7 @@ def test_entropy_is_that_of_the_codes() -> None:
     assert entropy_of(torch.tensor([3, 1, 0, 0])) == pytest.approx(0.25 * 2 + 0.75 * math.log2(4 / 3), abs=1e-15)
 
 
-# BBQ-Fast --------------------------------------------------------------------------------------------------------------
+# BBQ-Fast ---------------------------------------------------------------------------------------------------
 
 
 def test_the_running_average_starts_at_the_calibration_batch_and_moves_by_a_hundredth() -> None:
@@ -301,7 +301,10 @@ def test_the_rms_of_the_whole_tensor_lets_later_tokens_into_earlier_codes_and_th
     assert not codes_of_first_token_depend_on_the_last(BBQ(4, rms="token"))
 
 
-@pytest.mark.parametrize("batch", [torch.zeros(2, 128), torch.zeros(0, 128), torch.full((2, 128), float("nan"))])
+@pytest.mark.parametrize(
+    "batch",
+    [torch.zeros(2, 128), torch.zeros(0, 128), torch.full((2, 128), float("nan")), torch.full((2, 128), 1e30)],
+)
 def test_a_batch_that_says_nothing_leaves_the_running_average_alone(batch: Tensor) -> None:
     q = BBQ(2, rms="running")
     q.calibrate(torch.randn(4, 128))
@@ -310,11 +313,11 @@ def test_a_batch_that_says_nothing_leaves_the_running_average_alone(batch: Tenso
     assert torch.equal(q.running_inverse_rms, before)
 
 
-# Options ---------------------------------------------------------------------------------------------------------------
+# Options ----------------------------------------------------------------------------------------------------
 
 
 def test_an_unknown_rms_is_refused_with_the_choice() -> None:
-    with pytest.raises(ValueError, match="rms must be one of tensor, running, token, got rms='batch'"):
+    with pytest.raises(ValueError, match=r"rms must be one of tensor, running, token, got rms='batch'"):
         BBQ(2, rms="batch")
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bitbell.quantizers import BBQ, LSQ, QuEST, Quantizer
+from bitbell.quantizers import BBQ, LSQ, Quantizer, QuEST
 from bitbell.quantizers.quest import OPTIMAL_CLIP
 
 
@@ -130,7 +130,14 @@ def _hadamard128() -> Tensor:
 
 @pytest.mark.parametrize(
     ("bits", "zero_point", "best"),
-    [(1, -0.5, 1.59577), (2, -0.5, 1.65519), (3, -0.5, 1.67969), (4, -0.5, 1.68847), (3, 0.0, 1.60334), (4, 0.0, 1.66884)],
+    [
+        (1, -0.5, 1.59577),
+        (2, -0.5, 1.65519),
+        (3, -0.5, 1.67969),
+        (4, -0.5, 1.68847),
+        (3, 0.0, 1.60334),
+        (4, 0.0, 1.66884),
+    ],
 )
 def test_the_scale_of_least_error_is_close_to_the_initial_one(bits: int, zero_point: float, best: float) -> None:
     x = stratified_normal(1_000_000)
@@ -169,9 +176,12 @@ def test_shares_of_the_codes_are_the_known_ones(case: Case, shares: list[float])
 
 
 @pytest.mark.parametrize(
-    ("bits", "zero_point", "expected"), [(1, -0.5, 0.636), (2, -0.5, 0.856), (3, 0.0, 0.884), (4, 0.0, 0.935), (4, -0.5, 0.946)]
+    ("bits", "zero_point", "expected"),
+    [(1, -0.5, 0.636), (2, -0.5, 0.856), (3, 0.0, 0.884), (4, 0.0, 0.935), (4, -0.5, 0.946)],
 )
-def test_products_of_two_quantized_gaussians_correlate_as_the_cosines_say(bits: int, zero_point: float, expected: float) -> None:
+def test_products_of_two_quantized_gaussians_correlate_as_the_cosines_say(
+    bits: int, zero_point: float, expected: float
+) -> None:
     generator = torch.Generator().manual_seed(bits)
     x, w = torch.randn(400, 640, generator=generator), torch.randn(400, 640, generator=generator)
     a, b = BBQ(bits, zero_point=zero_point), BBQ(bits, rows=400, zero_point=zero_point)

@@ -1,4 +1,4 @@
-"""LSQ against autograd of the plain formula, its start value, and its 1-bit case, which the published comparison lacks."""
+"""LSQ against autograd of the plain formula, its start value, and the 1-bit case that the published code lacks."""
 
 import math
 
@@ -16,7 +16,11 @@ quick = settings(derandomize=True, max_examples=40, deadline=None)
 
 def plain_lsq(x: Tensor, s: Tensor, bits: int, rotation: int | None) -> Tensor:
     """s (round(clip(x/s - 1/2, -Qn, Qp)) + 1/2), straight through the rounding, the step's gradient damped."""
-    h = x if rotation is None else x @ torch.block_diag(*[hadamard(rotation, dtype=x.dtype)] * (x.shape[-1] // rotation))
+    h = (
+        x
+        if rotation is None
+        else x @ torch.block_diag(*[hadamard(rotation, dtype=x.dtype)] * (x.shape[-1] // rotation))
+    )
     top = 2 ** (bits - 1) - 1
     damping = 1 / math.sqrt(x.numel() * max(top, 1))
     s = s * damping + (s - s * damping).detach()
@@ -76,7 +80,9 @@ def test_one_bit_gives_plus_and_minus_half_a_step_at_the_optimum() -> None:
     q = LSQ(1).double()
     q.calibrate(x)
     assert torch.equal(q(x), torch.where(x > 0, 1.0, -1.0) * q.scale / 2)
-    assert q.scale.item() / 2 == pytest.approx(x.abs().mean().item(), rel=1e-12)  # the least squared error of +-a is mean |x|
+    assert q.scale.item() / 2 == pytest.approx(
+        x.abs().mean().item(), rel=1e-12
+    )  # the least squared error of +-a is mean |x|
 
 
 @pytest.mark.parametrize("factor", [0.2, 5.0])

@@ -1,4 +1,4 @@
-"""What every quantizer promises, whatever the method: codes and values agree, state survives, nothing fails silently."""
+"""What every quantizer promises, whatever the method: codes give the values, state survives, nothing fails silently."""
 
 import copy
 import inspect
@@ -16,8 +16,8 @@ from bitbell.quantizers import (
     BBQ,
     LSQ,
     METHODS,
-    QuEST,
     Quantizer,
+    QuEST,
     code_histogram,
     entropy_of,
     find_method,
@@ -59,7 +59,7 @@ def outlier(x: Tensor) -> Tensor:
     return x
 
 
-# Codes and values ------------------------------------------------------------------------------------------------------
+# Codes and values -------------------------------------------------------------------------------------------
 
 
 @quick
@@ -154,7 +154,7 @@ def test_the_training_forward_leaves_codes_of_evaluation_to_encode(kind: str) ->
     assert torch.equal(codes, q.eval().encode(random_input(1)))
 
 
-# Extreme inputs --------------------------------------------------------------------------------------------------------
+# Extreme inputs ---------------------------------------------------------------------------------------------
 
 
 @every_kind
@@ -167,7 +167,7 @@ def test_a_nan_shows_in_step_and_values(kind: str, training: bool) -> None:
     assert quantized.step.expand(ROWS, 1)[2].isnan().all()
     assert quantized.values[2, 5].isnan()
     assert quantized.values[2].isnan().any()
-    if "row" in kind and "lsq" not in kind or "token" in kind:
+    if ("row" in kind and "lsq" not in kind) or "token" in kind:
         kept = [0, 1, 3, 4, 5]
         assert quantized.values[kept].isfinite().all()  # the other groups have nothing to do with it
 
@@ -235,7 +235,7 @@ def test_empty_tensors_pass_through(kind: str, shape: tuple[int, ...], training:
 
 
 def test_an_empty_tensor_has_no_entropy() -> None:
-    with pytest.raises(ValueError, match="an empty tensor has no entropy"):
+    with pytest.raises(ValueError, match=r"an empty tensor has no entropy"):
         calibrated("bbq tensor").entropy(torch.empty(0, 128))
 
 
@@ -247,7 +247,7 @@ def test_entropy_counts_codes() -> None:
     assert entropy_of(torch.tensor([7, 0])) == 0.0
 
 
-# Calibration and state -------------------------------------------------------------------------------------------------
+# Calibration and state --------------------------------------------------------------------------------------
 
 
 @learned_kinds
@@ -284,7 +284,7 @@ def test_loading_an_uncalibrated_state_makes_the_quantizer_uncalibrated() -> Non
     q = calibrated("bbq tensor")
     q(random_input())
     q.load_state_dict(BBQ(3).state_dict())
-    with pytest.raises(RuntimeError, match="no scale yet"):
+    with pytest.raises(RuntimeError, match=r"no scale yet"):
         q(random_input())
 
 
@@ -333,7 +333,7 @@ def test_calibration_twice_gives_the_same_as_once(kind: str) -> None:
 def test_calibration_on_nothing_or_on_nan_is_refused(kind: str, x: Tensor, what: str) -> None:
     q = KINDS[kind](2)
     method = kind.split()[0]
-    with pytest.raises(ValueError, match=f"cannot calibrate {method} on {what}"):
+    with pytest.raises(ValueError, match=rf"cannot calibrate {method} on {what}"):
         q.calibrate(x)
     assert not q.calibrated.item()
 
@@ -349,7 +349,7 @@ def test_options_rebuild_the_quantizer_through_json(kind: str) -> None:
     assert "bits=3" in repr(q)
 
 
-# Wrong use -------------------------------------------------------------------------------------------------------------
+# Wrong use --------------------------------------------------------------------------------------------------
 
 
 @every_kind
@@ -364,7 +364,7 @@ def test_rows_and_rotations_that_cannot_be_are_refused(method: str) -> None:
     with pytest.raises(ValueError, match=r"rows must be positive or None \(one scale for the tensor\), got rows=0"):
         make_quantizer(method, bits=2, rows=0)
     for rotation in (0, -2, 12):
-        with pytest.raises(ValueError, match=f"rotation must be a power of two or None, got rotation={rotation}"):
+        with pytest.raises(ValueError, match=rf"rotation must be a power of two or None, got rotation={rotation}"):
             make_quantizer(method, bits=2, rotation=rotation)
 
 
@@ -385,21 +385,23 @@ def test_a_weight_of_other_rows_is_refused(method: str, shape: tuple[int, ...]) 
 def test_tensors_that_are_no_floats_are_refused(kind: str, dtype: torch.dtype) -> None:
     q = calibrated(kind)
     for use in (q, q.encode, q.calibrate):
-        with pytest.raises(ValueError, match=f"{q.method} quantizes float tensors, got {dtype}"):
+        with pytest.raises(ValueError, match=rf"{q.method} quantizes float tensors, got {dtype}"):
             use(torch.zeros(ROWS, 128, dtype=dtype))
 
 
 def test_a_number_without_dimensions_is_refused() -> None:
-    with pytest.raises(ValueError, match="quantizes the last dimension of a tensor, got one without dimensions"):
+    with pytest.raises(ValueError, match=r"quantizes the last dimension of a tensor, got one without dimensions"):
         calibrated("bbq tensor")(torch.tensor(1.0))
 
 
 def test_a_width_that_the_rotation_does_not_divide_is_refused() -> None:
-    with pytest.raises(ValueError, match="cannot rotate a last dimension of 100 in blocks of 128"):
+    with pytest.raises(ValueError, match=r"cannot rotate a last dimension of 100 in blocks of 128"):
         calibrated("bbq tensor")(torch.zeros(2, 100))
 
 
-@pytest.mark.parametrize(("name", "hint"), [("bqq", "Did you mean 'bbq'?"), ("QUEST", "Did you mean 'quest'?"), ("xyz", "")])
+@pytest.mark.parametrize(
+    ("name", "hint"), [("bqq", "Did you mean 'bbq'?"), ("QUEST", "Did you mean 'quest'?"), ("xyz", "")]
+)
 def test_an_unknown_method_is_refused_with_a_suggestion(name: str, hint: str) -> None:
     with pytest.raises(ValueError) as caught:
         find_method(name)
@@ -407,7 +409,7 @@ def test_an_unknown_method_is_refused_with_a_suggestion(name: str, hint: str) ->
 
 
 def test_an_unknown_option_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="lsq has no option 'rms'; it has bits, rows, rotation"):
+    with pytest.raises(ValueError, match=r"lsq has no option 'rms'; it has bits, rows, rotation"):
         make_quantizer("lsq", bits=2, rms="token")
 
 
@@ -418,7 +420,7 @@ def test_every_method_documents_its_source(method: str) -> None:
     assert "arXiv" in (module.__doc__ or "")
 
 
-# Memory and compilation ------------------------------------------------------------------------------------------------
+# Memory and compilation -------------------------------------------------------------------------------------
 
 
 @every_kind

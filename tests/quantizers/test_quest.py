@@ -12,7 +12,16 @@ from bitbell.kernels import hadamard
 from bitbell.quantizers import QuEST
 from bitbell.quantizers.quest import OPTIMAL_CLIP, TUNED_ONE_BIT_MASK
 
-PUBLISHED_CLIP = {1: 0.7978846, 2: 1.4935346, 3: 2.0510684, 4: 2.5139306, 5: 2.9160939, 6: 3.2765973, 7: 3.6010497, 8: 3.8849387}
+PUBLISHED_CLIP = {
+    1: 0.7978846,
+    2: 1.4935346,
+    3: 2.0510684,
+    4: 2.5139306,
+    5: 2.9160939,
+    6: 3.2765973,
+    7: 3.6010497,
+    8: 3.8849387,
+}
 WINDOWS = {1: 1.59577, 2: 1.99138, 3: 2.34408, 4: 2.68153, 8: 3.90017}
 MASKED = {1: 0.11054, 2: 0.04644, 3: 0.01907, 4: 0.00733, 8: 9.61e-5}
 quick = settings(derandomize=True, max_examples=40, deadline=None)
@@ -27,7 +36,7 @@ def normal_pdf(t: float) -> float:
 
 
 def gaussian_error(clip: float, bits: int) -> float:
-    """Mean squared error of a standard normal on 2**bits symmetric levels up to +-clip, by exact integrals over the cells."""
+    """Mean squared error of a standard normal on 2**bits symmetric levels up to +-clip, by exact integrals."""
     n = 2**bits
     step = 2 * clip / (n - 1)
     edges = [-math.inf, *((k - n / 2) * step for k in range(1, n)), math.inf]
@@ -41,7 +50,11 @@ def gaussian_error(clip: float, bits: int) -> float:
 
 def plain_quest(x: Tensor, bits: int, axis: int | None, rotation: int | None, mask_scale: float | None) -> Tensor:
     """Forward and masks as the paper prints them; autograd of a constant mask does the rest."""
-    h = x if rotation is None else x @ torch.block_diag(*[hadamard(rotation, dtype=x.dtype)] * (x.shape[-1] // rotation))
+    h = (
+        x
+        if rotation is None
+        else x @ torch.block_diag(*[hadamard(rotation, dtype=x.dtype)] * (x.shape[-1] // rotation))
+    )
     fixed = h.detach()
     mean = fixed.square().mean() if axis is None else fixed.square().mean(axis, keepdim=True)
     std, c = mean.sqrt(), PUBLISHED_CLIP[bits] if bits > 1 else math.sqrt(2 / math.pi)
@@ -137,7 +150,8 @@ def test_the_default_mask_is_the_trust_mask_written_as_a_mask_scale() -> None:
     x = torch.randn(4, 256, dtype=torch.float64, requires_grad=True)
     for bits in (1, 2, 4):
         gradients = [
-            torch.autograd.grad(QuEST(bits, mask_scale=mask)(x).square().sum(), x)[0] for mask in (None, 2**bits / (2**bits - 1))
+            torch.autograd.grad(QuEST(bits, mask_scale=mask)(x).square().sum(), x)[0]
+            for mask in (None, 2**bits / (2**bits - 1))
         ]
         assert torch.equal(*gradients)
 
@@ -181,13 +195,13 @@ def test_decoding_tokens_needs_the_steps_of_the_input() -> None:
 
 def test_decoding_needs_a_stored_scale() -> None:
     q = QuEST(2, rows=3)
-    with pytest.raises(RuntimeError, match="this quest quantizer has no scale yet"):
+    with pytest.raises(RuntimeError, match=r"this quest quantizer has no scale yet"):
         q.decode(torch.zeros(3, 4, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize("rms", ["running", "row"])
 def test_an_unknown_rms_is_refused(rms: str) -> None:
-    with pytest.raises(ValueError, match=f"rms must be token or tensor, got rms='{rms}'"):
+    with pytest.raises(ValueError, match=rf"rms must be token or tensor, got rms='{rms}'"):
         QuEST(2, rms=rms)
 
 

@@ -79,6 +79,14 @@ def test_twenty_steps_equal_ten_a_stop_and_ten_more(make_config: Make, tmp_path:
     assert ours == theirs
 
 
+def test_a_finished_run_is_not_done_again(make_config: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    first = train(make_config(steps=3))
+    before = (first.run / "metrics.jsonl").read_text()
+    assert train(make_config(steps=3)).summary == json.loads(json.dumps(first.summary))
+    assert (first.run / "metrics.jsonl").read_text() == before
+    assert "is finished already" in capsys.readouterr().err
+
+
 def test_accumulating_two_halves_of_a_batch_is_the_whole_batch(make_config: Make, tmp_path: Path) -> None:
     # In full precision: BBQ's running statistics see micro-batches.
     whole = train(make_config(recipe="none", out=str(tmp_path / "whole"), steps=3, batch_size=8))

@@ -83,16 +83,8 @@ def _train(contestant: Contestant, folder: Path, data: Path, steps: int, seed: i
         steps=steps,
         seed=seed,
     )
-    if (run / "summary.json").exists():
-        from bitbell.data import TokenDataset
-        from bitbell.training.run import open_run
-
-        open_run(config, TokenDataset.open(data))  # an error, if it is a run of another configuration
-        print("finished already")
-    elif train(config).status == "stopped":
-        return None
-    summary: dict[str, Any] = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-    return summary
+    result = train(config)
+    return result.summary if result.status == "finished" else None
 
 
 def _pack_and_generate(folder: Path) -> None:

@@ -60,6 +60,8 @@ def measure_loss(
     """
     if windows.dim() != 2 or not windows.shape[0] or windows.shape[1] < 2:
         raise ValueError(f"windows must be (N, T + 1) with N and T at least 1, got {tuple(windows.shape)}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     total = 0.0
     with evaluation_mode(model), autocast(model, precision):
         for batch in windows.split(batch_size):

@@ -145,7 +145,9 @@ def _head_name(model: nn.Module) -> str | None:
 def _check_rules(model: nn.Module, rules: list[tuple[str, Recipe | None]], plan: dict[str, Recipe]) -> None:
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     # Leaving alone what is never swapped, such as an embedding, is no mistake; naming a container swaps what is in it.
-    others = [name for name, module in model.named_modules() if not any(isinstance(m, nn.Linear) for m in module.modules())]
+    others = [
+        name for name, module in model.named_modules() if not any(isinstance(m, nn.Linear) for m in module.modules())
+    ]
     for pattern, recipe in rules:
         candidates = linears + others if recipe is None else linears
         if not any(_matches(pattern, name) for name in candidates):

@@ -151,8 +151,8 @@ class Quantizer(nn.Module):
         self._seen_calibrated = bool(self.calibrated)
         if not self._seen_calibrated:
             raise RuntimeError(
-                f"this {self.method} quantizer has no scale yet: call bitbell.calibrate(model, batch), or .calibrate(x) on "
-                "the quantizer, before the first forward pass, or load a checkpoint"
+                f"this {self.method} quantizer has no scale yet: call bitbell.calibrate(model, batch), or "
+                ".calibrate(x) on the quantizer, before the first forward pass, or load a checkpoint"
             )
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

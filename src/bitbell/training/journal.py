@@ -62,7 +62,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def _drop_after(path: Path, step: int) -> float:
     """Rewrite the journal with the events up to `step`; return how many seconds of the run they had seen."""
-    kept = [event for event in read_metrics(path) if event["step"] <= step and event["event"] != "end"]
+    kept = [event for event in read_metrics(path) if event["step"] <= step]
     partial = path.with_suffix(".partial")
     partial.write_text("".join(json.dumps(event) + "\n" for event in kept), encoding="utf-8")
     os.replace(partial, path)

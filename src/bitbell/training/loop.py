@@ -33,7 +33,7 @@ from bitbell.training.config import TrainConfig
 from bitbell.training.health import TrainingDiverged, first_bad_gradient, first_not_finite
 from bitbell.training.journal import Journal, Progress, read_metrics
 from bitbell.training.optimizer import learning_rate_at, make_optimizer
-from bitbell.training.run import build_run_model, open_run, write_json
+from bitbell.training.run import build_run_model, open_run, read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,9 @@ class _Run:
         self.started, self.logged_step = time.perf_counter(), self.step
         self.paused, self.logged_at = 0.0, time.perf_counter()
         last = min(self.config.steps, self.config.stop_after or self.config.steps)
+        if self.step == self.config.steps and (self.run / "summary.json").exists():
+            self.progress.say(f"{self.run} is finished already")
+            return TrainingResult(self.run, self.step, "finished", read_json(self.run / "summary.json"))
         self.model.train()
         try:
             with _stop_on_signals(self):
@@ -174,7 +177,7 @@ class _Run:
             self._log()
         if step % config.entropy_every == 0 or at_end or step == 1:
             self._pause_clock(self._log_quantizers)
-        if step % config.evaluate_every == 0:
+        if step % config.evaluate_every == 0 and step < config.steps:  # the end has a validation of its own
             self._pause_clock(self._validate)
         if step % config.checkpoint_every == 0 and step < config.steps:
             self._pause_clock(self._checkpoint)

@@ -120,6 +120,12 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
     os.replace(partial, path)
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file that bitbell wrote."""
+    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return values
+
+
 def versions() -> dict[str, str]:
     """Versions of bitbell, Python and the libraries whose numbers a run depends on."""
     import platform
