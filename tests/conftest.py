@@ -1,4 +1,4 @@
-"""What every test shares: two threads, no network, a small data set and small training runs."""
+"""What every test shares: one thread (small tensors are slower on two), no network, a small data set."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+os.environ["OMP_NUM_THREADS"] = "1"  # also of the processes that tests start
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

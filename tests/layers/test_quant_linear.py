@@ -280,3 +280,18 @@ def test_a_width_that_cannot_be_rotated_is_refused_and_opting_out_works() -> Non
         QuantLinear(100, 5, "bbq-w2a2")
     layer = calibrated(Recipe("bbq", 2, 2, rotation=None), width=100)
     assert layer(torch.randn(2, 100)).shape == (2, 5)
+
+
+def test_wide_layers_do_not_overflow_in_float16() -> None:
+    layer = QuantLinear(4096, 8, "bbq-w8a8", bias=False)
+    x = torch.randn(2, 4096)
+    layer.weight_quantizer.calibrate(layer.weight)
+    layer.activation_quantizer.calibrate(x)
+    with torch.no_grad():
+        layer.weight.copy_(x[:1].expand(8, -1))  # aligned with the input: the largest sums of levels there are
+        expected = layer(x)
+        with torch.autocast("cpu", torch.float16):
+            got = layer(x)
+    assert got.dtype == torch.float16
+    assert torch.isfinite(got).all()
+    torch.testing.assert_close(got.float(), expected, rtol=2e-3, atol=2e-3)

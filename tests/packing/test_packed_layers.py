@@ -54,6 +54,16 @@ def test_wide_layers_are_equal_too(make_layer: MakeLayer, variant: str) -> None:
         assert_equal_outputs(trained, pack_layer(trained), x, exact)
 
 
+def test_sums_beyond_the_integers_of_float32_are_rounded_once(make_layer: MakeLayer) -> None:
+    trained = make_layer("lsq-w8a8", width=8192, rows=8)
+    packed, x = pack_layer(trained), 40 * trained.weight[:5].detach().sign()  # aligned, so that sums are large
+    assert isinstance(trained.activation_quantizer, Quantizer)
+    levels = trained.weight_codes().double() - 127.5, trained.activation_quantizer.encode(x).double() - 127.5
+    exact = levels[1] @ levels[0].T
+    assert float(exact.abs().max()) > 2**22
+    assert torch.equal(packed(x), exact.float() * packed.weight_scale.T * trained.activation_quantizer.step())
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("shape", [(64,), (1, 64), (3, 64), (2, 5, 64), (0, 64), (2, 0, 64), (2, 1, 3, 64)])
 def test_inputs_of_any_number_of_dimensions_keep_them(

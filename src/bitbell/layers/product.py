@@ -52,7 +52,9 @@ class _IntegerLinear(torch.autograd.Function):
         ctx.x_zero_point, ctx.w_zero_point, ctx.dtype = x_zero_point, w_zero_point, dtype
         ctx.x_dtype, ctx.w_dtype = x_values.dtype, w_values.dtype
         with no_autocast(x_codes.device):
-            total = _levels(x_codes, x_zero_point, dtype) @ _levels(w_codes, w_zero_point, dtype).T
+            # float16 ends at 65504, which sums of levels pass.
+            sums = torch.float32 if dtype == torch.float16 else dtype
+            total = _levels(x_codes, x_zero_point, sums) @ _levels(w_codes, w_zero_point, sums).T
         return (total * w_step.reshape(-1) * x_step).to(dtype)
 
     @staticmethod
