@@ -26,7 +26,7 @@ class Contestant:
 CONTESTANTS = (
     Contestant("full-precision", "none", 2e-3),
     Contestant("bbq-w2a2", "bbq-w2a2", 4e-3),
-    Contestant("quest-w2a2", "quest-w2a2", 4e-3),
+    Contestant("quest-w2a2", "quest-w2a2", 2e-3),
     Contestant("lsq-w2a2", "lsq-w2a2", 2e-3),
 )
 
