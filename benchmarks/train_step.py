@@ -4,9 +4,9 @@
     python benchmarks/train_step.py --models tiny --recipes none bbq-w2a2 --threads 1
 
 Candidates take turns, step by step, in one process, so that a noisy neighbour hits all alike; medians and ratios are
-reported. "Kept" counts the distinct bytes that autograd holds for the backward pass, parameters not included. "Peak" is how far
-the resident memory of a fresh process rises above its model during two eager steps: gradients, AdamW's state and
-activations (on a GPU: the allocator's peak).
+reported. "Kept" counts the distinct bytes that autograd holds for the backward pass, parameters not included. "Peak"
+is how far the resident memory of a fresh process rises above its model during two eager steps: gradients, AdamW's
+state and activations (on a GPU: the allocator's peak).
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -216,6 +217,23 @@ def test_a_full_disk_leaves_nothing_behind(packed: PackedModel, tmp_path: Path) 
 
 def test_a_full_disk_leaves_the_older_model_whole(packed: PackedModel, directory: Path) -> None:
     with files_of_at_most(20_000), pytest.raises(OSError, match="could not write the packed model to"):
+        packed.save(directory, overwrite=True)
+    assert [p.name for p in directory.parent.iterdir()] == ["packed"]
+    assert isinstance(bitbell.load(directory), PackedModel)
+
+
+def test_the_older_model_comes_back_if_the_last_rename_fails(
+    packed: PackedModel, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = os.replace
+
+    def fail_for_the_new_one(source: Path, target: Path) -> None:
+        if source.name.endswith(".partial"):
+            raise PermissionError("not today")
+        rename(source, target)
+
+    monkeypatch.setattr("os.replace", fail_for_the_new_one)
+    with pytest.raises(OSError, match=r"could not write the packed model to .*: not today"):
         packed.save(directory, overwrite=True)
     assert [p.name for p in directory.parent.iterdir()] == ["packed"]
     assert isinstance(bitbell.load(directory), PackedModel)

@@ -1,8 +1,9 @@
 """A trained model -> few bytes, and back: packed layers, the packed directory, and the proof that nothing changed."""
 
-from bitbell.packing.files import PackedFileError, load, save
+from bitbell.packing.files import PackedFileError, save
 from bitbell.packing.layers import PackedLinear
 from bitbell.packing.model import PackedModel, pack
+from bitbell.packing.reading import load
 from bitbell.packing.verify import Verification, VerificationError, verify
 
 __all__ = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,14 @@ class PackedModel(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model.eval()
+        self.kept_in_full_precision: dict[str, str] = model.__dict__.get("kept_in_full_precision", {})
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """Modules under the names they have in the model itself, so that reports of both name the same layers."""
+        return self.model.named_modules(*args, **kwargs)
 
     @property
     def config(self) -> Any:

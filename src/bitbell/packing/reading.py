@@ -1,0 +1,293 @@
+"""The packed directory, read: every check comes before a kernel, or an allocation, sees what the files claim."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitbell.layers import Recipe, SharedInput, quantized_layers, replace_module
+from bitbell.packing.files import FORMAT_VERSION, QUANT_METHOD, PackedFileError, read_config
+from bitbell.packing.layers import PackedLinear
+from bitbell.packing.model import PackedModel
+
+DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # of one model or another
+LARGEST_UNSAVED_BUFFERS = 2**28  # bytes; rotary tables and the like, which a model builds and the file does not hold
+
+
+def load(directory: str | Path, *, model: nn.Module | None = None) -> PackedModel:
+    """Read a packed directory.
+
+    model: for what is no Hugging Face causal language model, an instance of the same full-precision architecture; its
+    linear layers are replaced in place. Raises PackedFileError (a ValueError) naming file, tensor and problem for a
+    directory that is damaged, of another version, or not what its own configuration says.
+    """
+    folder = Path(directory)
+    config = read_config(folder)
+    quantization = _check_quantization(folder, config)
+    header = _read_header(folder / "model.safetensors")
+    tied = _check_tied(folder, quantization, header)
+    header |= {name: header[stored] for name, stored in tied.items()}
+    build = (lambda: model) if model is not None else _hugging_face_builder(folder, config, len(header))
+    if model is None:
+        # Nothing of the claimed size is allocated before the file has shown that it holds that much.
+        with torch.device("meta"):
+            outline = _with_packed_layers(folder, build(), quantization)
+        _check_tensors(folder, outline, header)
+        _check_unsaved_buffers(folder, outline)
+    twin = _with_packed_layers(folder, build(), quantization)
+    _check_tensors(folder, twin, header)
+    twin.load_state_dict(_read_tensors(folder / "model.safetensors", twin, tied), assign=True)
+    _check_values(folder, twin)
+    return PackedModel(twin.requires_grad_(False))
+
+
+def _check_quantization(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """The quantization_config, once its version is ours and every entry is what it must be."""
+    quantization: dict[str, Any] = config["quantization_config"]
+    where = folder / "config.json"
+    if quantization.get("quant_method") != QUANT_METHOD:
+        raise PackedFileError(
+            f"{where}: quant_method is {quantization.get('quant_method')!r}, bitbell reads {QUANT_METHOD!r}"
+        )
+    if quantization.get("format_version") != FORMAT_VERSION:
+        raise PackedFileError(
+            f"{where}: format_version is {quantization.get('format_version')!r}, this bitbell reads {FORMAT_VERSION}"
+        )
+    recipes, layers, groups = (quantization.get(key) for key in ("recipes", "layers", "shared_inputs"))
+    if not isinstance(recipes, list) or not isinstance(layers, dict) or not isinstance(groups, list) or not layers:
+        raise PackedFileError(f"{where}: quantization_config needs recipes, layers and shared_inputs")
+    for name, entry in layers.items():
+        _check_entry(f"{where}, layer {name!r}", entry, len(recipes))
+    _check_groups(where, groups, layers)
+    return quantization
+
+
+def _check_groups(where: Path, groups: list[Any], layers: dict[str, Any]) -> None:
+    seen: set[str] = set()
+    for group in groups:
+        if not isinstance(group, list) or len(group) < 2 or not all(isinstance(n, str) and n in layers for n in group):
+            raise PackedFileError(f"{where}: shared_inputs {group!r} is no list of two or more known layers")
+        if len(set(group)) < len(group) or seen & set(group):
+            raise PackedFileError(f"{where}: shared_inputs {group!r} names a layer that has a group already")
+        seen |= set(group)
+
+
+def _check_tied(folder: Path, quantization: dict[str, Any], header: Mapping[str, Any]) -> dict[str, str]:
+    """tied_tensors: name -> the name that the tensor is stored under."""
+    tied: Any = quantization.get("tied_tensors", {})
+    where = f"{folder / 'config.json'}: tied_tensors"
+    if not isinstance(tied, dict):
+        raise PackedFileError(f"{where} must be an object, got {tied!r}")
+    for name, stored in tied.items():
+        if name in header or not isinstance(stored, str) or stored not in header:
+            raise PackedFileError(f"{where} says that {name} is stored as {stored!r}, which the file does not bear out")
+    return tied
+
+
+def _check_entry(where: str, entry: Any, num_recipes: int) -> None:
+    if not isinstance(entry, dict):
+        raise PackedFileError(f"{where} must be an object, got {entry!r}")
+    recipe, shape = entry.get("recipe"), entry.get("shape")
+    if type(recipe) is not int or not 0 <= recipe < num_recipes:
+        raise PackedFileError(f"{where}: recipe must be 0 to {num_recipes - 1}, got {recipe!r}")
+    if not isinstance(shape, list) or len(shape) != 2 or any(type(n) is not int or not 0 < n < 2**31 for n in shape):
+        raise PackedFileError(f"{where}: shape must be two positive integers below 2**31, got {shape!r}")
+    if type(entry.get("weight_zero_point")) not in (int, float) or type(entry.get("bias")) is not bool:
+        raise PackedFileError(f"{where}: weight_zero_point must be a number and bias true or false")
+
+
+def _hugging_face_builder(folder: Path, config: dict[str, Any], num_tensors: int) -> Callable[[], nn.Module]:
+    """What builds the full-precision architecture of a Hugging Face configuration; no code of the directory is run."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    where = folder / "config.json"
+    for name in DEPTHS:
+        _check_depth(where, config.get(name, 0), num_tensors)
+    try:
+        architecture = AutoConfig.for_model(str(config.get("model_type")), **_without_code(config))
+        _check_depth(where, getattr(architecture, "num_hidden_layers", 0), num_tensors)
+    except PackedFileError:
+        raise
+    except Exception as error:  # whatever transformers raises for a field of a wrong type
+        raise PackedFileError(
+            f"{where}: model_type {config.get('model_type')!r} with these fields is not one that this transformers "
+            f"knows ({error}); for a model of your own, pass bitbell.load(directory, model=...)"
+        ) from None
+
+    def build() -> nn.Module:
+        try:
+            return AutoModelForCausalLM.from_config(architecture)
+        except Exception as error:  # likewise
+            raise PackedFileError(f"{where}: no model can be built from it: {error}") from None
+
+    return build
+
+
+# Beside code, transformers would fetch attention kernels by name, and make label tables of any length.
+_NOT_ARCHITECTURE = {
+    "quantization_config",
+    "auto_map",
+    "architectures",
+    "model_type",
+    "num_labels",
+    "id2label",
+    "label2id",
+}
+
+
+def _without_code(config: Any, *, nested: bool = False) -> Any:
+    """The fields of a configuration that describe the architecture and nothing that runs or loads code."""
+    if isinstance(config, list):
+        return [_without_code(value, nested=True) for value in config]
+    if not isinstance(config, dict):
+        return config
+    dropped = _NOT_ARCHITECTURE - ({"model_type"} if nested else set())
+    kept = {name: value for name, value in config.items() if name not in dropped and "_implementation" not in name}
+    return {name: _without_code(value, nested=True) for name, value in kept.items()}
+
+
+def _check_depth(where: Path, depth: Any, num_tensors: int) -> None:
+    if type(depth) is not int or not 0 <= depth <= num_tensors:
+        raise PackedFileError(f"{where}: num_hidden_layers is {depth!r}, but the file holds {num_tensors} tensors")
+
+
+def _with_packed_layers(folder: Path, model: nn.Module, quantization: dict[str, Any]) -> nn.Module:
+    where = folder / "config.json"
+    packed: dict[str, PackedLinear] = {}
+    recipes = [_read_recipe(where, recipe) for recipe in quantization["recipes"]]
+    for name, entry in quantization["layers"].items():
+        try:
+            linear = model.get_submodule(name)
+        except AttributeError:
+            raise PackedFileError(f"{where}: the model has no layer {name!r}") from None
+        shape: list[Any] = [getattr(linear, "out_features", None), getattr(linear, "in_features", None)]
+        if not isinstance(linear, nn.Linear) or shape != entry["shape"]:
+            raise PackedFileError(f"{where}: {name} has shape {entry['shape']} there, but {shape} in the model")
+        recipe = recipes[entry["recipe"]]
+        try:
+            layer = PackedLinear(shape[1], shape[0], recipe, entry["bias"], linear.weight.device)
+        except ValueError as error:
+            raise PackedFileError(f"{where}: {name}: {error}") from None
+        if (layer.rotation, layer.weight_zero_point) != (entry.get("rotation"), entry["weight_zero_point"]):
+            raise PackedFileError(
+                f"{where}: {name} has rotation {entry.get('rotation')!r} and zero point "
+                f"{entry['weight_zero_point']!r}, its recipe gives {layer.rotation!r} and {layer.weight_zero_point!r}"
+            )
+        packed[name] = layer
+        paths = [path for path, module in model.named_modules(remove_duplicate=False) if module is linear]
+        for path in paths:  # a layer may hang in several places
+            replace_module(model, path, layer)
+    for group in quantization["shared_inputs"]:
+        _share(where, [packed[name] for name in group])
+    return model.eval()
+
+
+def _read_recipe(where: Path, fields: Any) -> Recipe:
+    try:
+        for options in (fields.get("weight_options", {}), fields.get("activation_options", {})):
+            _check_options(options)
+        if not isinstance(fields.get("method"), str):
+            raise ValueError(f"method must be a name, got {fields.get('method')!r}")
+        return Recipe(**fields)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise PackedFileError(f"{where}: the recipe {fields!r} is not valid: {error}") from None
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    """Options of a quantizer are names and finite numbers; how many rows it has is the layer's business."""
+    for name, value in options.items():
+        is_number = type(value) in (int, float) and abs(value) < 1e9
+        is_name = isinstance(value, str) and name != "zero_point"
+        if name == "rows" or not (value is None or is_number or is_name):
+            raise ValueError(f"option {name!r} may not be {value!r}")
+
+
+def _share(where: Path, layers: list[PackedLinear]) -> None:
+    quantizer = layers[0].activation_quantizer
+    if quantizer is None or len({(layer.in_features, str(layer.recipe)) for layer in layers}) != 1:
+        raise PackedFileError(f"{where}: shared_inputs joins layers of different widths or recipes")
+    shared = SharedInput(quantizer, len(layers))
+    for place, layer in enumerate(layers):
+        layer.share_input(shared, place)
+
+
+def _read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name -> (dtype, shape) of a safetensors file, whose own reader checks sizes and offsets."""
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            return {name: (s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
+    except FileNotFoundError:
+        raise PackedFileError(f"{path} does not exist") from None
+    except Exception as error:  # safetensors has errors of its own
+        raise PackedFileError(f"{path} is damaged or no safetensors file: {error}") from None
+
+
+_DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16"} | {
+    torch.int32: "I32",
+    torch.int64: "I64",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.bool: "BOOL",
+}
+
+
+def _check_tensors(folder: Path, model: nn.Module, header: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+    path = folder / "model.safetensors"
+    expected = model.state_dict()
+    for name in sorted(expected.keys() - header.keys()):
+        raise PackedFileError(f"{path}: the tensor {name} is missing")
+    for name in sorted(header.keys() - expected.keys()):
+        raise PackedFileError(f"{path}: the tensor {name} has no place in the model")
+    for name, tensor in expected.items():
+        dtype, shape = header[name]
+        floats = tensor.is_floating_point() and dtype in ("F16", "BF16", "F32") and not name.endswith("weight_scale")
+        if shape != tuple(tensor.shape) or (dtype != _DTYPES.get(tensor.dtype) and not floats):
+            raise PackedFileError(
+                f"{path}: the tensor {name} is {dtype} {shape}, "
+                f"but must be {_DTYPES.get(tensor.dtype)} {tuple(tensor.shape)}"
+            )
+
+
+def _check_unsaved_buffers(folder: Path, outline: nn.Module) -> None:
+    saved = outline.state_dict().keys()
+    size = sum(b.numel() * b.element_size() for name, b in outline.named_buffers() if name not in saved)
+    if size > LARGEST_UNSAVED_BUFFERS:
+        raise PackedFileError(
+            f"{folder / 'config.json'}: the model builds {size} bytes of tables that the file does not hold"
+        )
+
+
+def _read_tensors(path: Path, model: nn.Module, tied: Mapping[str, str]) -> dict[str, Tensor]:
+    """The file's tensors under every name they have in `model`; parameters are parameters here, so that ties hold."""
+    from safetensors.torch import load_file
+
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except Exception as error:  # safetensors has errors of its own
+        raise PackedFileError(f"{path} is damaged: {error}") from None
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for name in tensors.keys() & parameters:
+        tensors[name] = nn.Parameter(tensors[name], requires_grad=False)
+    return tensors | {name: tensors[stored] for name, stored in tied.items()}
+
+
+def _check_values(folder: Path, model: nn.Module) -> None:
+    path = folder / "model.safetensors"
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise PackedFileError(f"{path}: the tensor {name} holds NaN or infinity")
+        if name.endswith(".calibrated") and not bool(tensor.all()):
+            raise PackedFileError(f"{path}: {name} is false, so the quantizer has no scale")
+    for name, layer in quantized_layers(model):
+        if layer.weight_shape.tolist() != [layer.out_features, layer.in_features]:
+            raise PackedFileError(
+                f"{path}: {name}.weight_shape is {layer.weight_shape.tolist()}, "
+                f"but must be {[layer.out_features, layer.in_features]}"
+            )
