@@ -24,10 +24,11 @@ def micro_preset(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def run(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished 2-bit run made by the command."""
-    PRESETS["micro"] = MICRO
     out = tmp_path_factory.mktemp("runs") / "bbq"
     sizes = ["--steps", "6", "--batch-size", "2", "--sequence-length", "32", "--evaluate-windows", "2"]
-    assert main(["train", "--preset", "micro", "--data", str(small_data), "--out", str(out), *sizes]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PRESETS, "micro", MICRO)
+        assert main(["train", "--preset", "micro", "--data", str(small_data), "--out", str(out), *sizes]) == 0
     return out
 
 

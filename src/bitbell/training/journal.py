@@ -61,11 +61,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _drop_after(path: Path, step: int) -> float:
-    """Rewrite the journal with the events up to `step`; return how many seconds of the run they had seen."""
+    """Cut the journal back to the events up to `step`; return how many seconds of the run they had seen."""
     kept = [event for event in read_metrics(path) if event["step"] <= step]
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(event) + "\n" for event in kept), encoding="utf-8")
-    os.replace(partial, path)
+    text = "".join(json.dumps(event) + "\n" for event in kept)
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        partial = path.with_suffix(".partial")
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
     return max((event.get("seconds", 0.0) for event in kept), default=0.0)
 
 
