@@ -10,7 +10,6 @@ widths and seeds use that choice. Finished runs are skipped, interrupted ones co
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from pathlib import Path
 
@@ -23,23 +22,23 @@ METHODS = ("none", "bbq", "quest", "lsq")
 
 def run(out: Path, data: Path, name: str, recipe: str, rate: float, seed: int, args: argparse.Namespace) -> dict:
     """Train one run unless it is finished; return its summary."""
-    folder = out / name
-    if not (folder / "summary.json").exists():
-        config = TrainConfig(
-            data=str(data),
-            out=str(folder),
-            recipe=recipe,
-            learning_rate=rate,
-            seed=seed,
-            steps=args.steps,
-            threads=args.threads,
-            tensorboard=False,
-            evaluate_every=args.steps,
-            checkpoint_every=args.steps,
-            keep_checkpoints=1,
-        )
-        train(config)
-    return json.loads((folder / "summary.json").read_text())
+    config = TrainConfig(
+        data=str(data),
+        out=str(out / name),
+        recipe=recipe,
+        learning_rate=rate,
+        seed=seed,
+        steps=args.steps,
+        threads=args.threads,
+        tensorboard=False,
+        evaluate_every=args.steps,
+        checkpoint_every=args.steps,
+        keep_checkpoints=1,
+    )
+    result = train(config)
+    if result.status != "finished":
+        raise SystemExit("interrupted; the same command continues")
+    return result.summary
 
 
 def recipe_of(method: str, bits: int) -> str:
@@ -47,8 +46,7 @@ def recipe_of(method: str, bits: int) -> str:
 
 
 def tuned_rates(out: Path, data: Path, args: argparse.Namespace) -> dict[str, float]:
-    """The learning rate of each method with the lowest validation loss at 2 bits, seed 0; extends the grid at no
-    edge."""
+    """The learning rate of the grid with the lowest validation loss at 2 bits and seed 0, for each method."""
     best = {}
     for method in args.methods:
         recipe = recipe_of(method, 2)

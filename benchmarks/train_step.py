@@ -137,7 +137,16 @@ def main() -> None:
         tokens = torch.randint(0, 1024, (args.batch[0], args.batch[1] + 1), device=device)
         print_peak(args.models[0], args.recipes[0], tokens, precision)
         return
-    passed_on = ["--batch", *map(str, args.batch), "--precision", args.precision, "--device", args.device]
+    passed_on = [
+        "--threads",
+        str(torch.get_num_threads()),
+        "--batch",
+        *map(str, args.batch),
+        "--precision",
+        args.precision,
+        "--device",
+        args.device,
+    ]
     rows = []
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, {precision}, batch {args.batch}")
     for name in args.models:

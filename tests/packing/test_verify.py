@@ -119,3 +119,41 @@ def test_a_layer_of_another_shape_is_named() -> None:
 def test_models_without_quantized_layers_are_refused() -> None:
     with pytest.raises(VerificationError, match=r"different quantized layers: none at all"):
         bitbell.verify(nn.Linear(4, 4), nn.Linear(4, 4))
+
+
+def test_a_bfloat16_model_verifies_within_its_own_rounding() -> None:
+    import torch
+    from torch import nn
+
+    from bitbell.layers import calibrate, quantize
+    from bitbell.packing import pack, verify
+
+    model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 16)).to(torch.bfloat16)
+    quantize(model, "bbq-w2a2")
+    x = torch.randn(4, 64, dtype=torch.bfloat16)
+    calibrate(model, x)
+    assert verify(model.eval(), pack(model), x).logit_difference is None
+
+
+def test_a_layer_that_the_batch_does_not_reach_is_named() -> None:
+    import torch
+    from torch import nn
+
+    from bitbell.layers import calibrate, quantize
+    from bitbell.packing import VerificationError, pack, verify
+
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.spare, self.all = nn.Linear(64, 64), nn.Linear(64, 64), True
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.used(x) + self.spare(x) if self.all else self.used(x)
+
+    model = Branching()
+    quantize(model, "bbq-w2a2")
+    x = torch.randn(4, 64)
+    calibrate(model, x)
+    model.all = False
+    with pytest.raises(VerificationError, match="the batch does not reach spare"):
+        verify(model.eval(), pack(model), x)

@@ -456,3 +456,9 @@ def test_quantizers_compile_into_one_graph_forward_and_backward(kind: str) -> No
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     for ours, theirs in zip(traced.parameters(), eager.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-12, atol=1e-12)
+
+
+def test_a_model_in_bfloat16_keeps_scales_and_statistics_in_float32() -> None:
+    q = BBQ(bits=2, rms="running").to(torch.bfloat16)
+    assert q.scale.dtype == q.running_inverse_rms.dtype == torch.float32
+    assert BBQ(bits=2, rows=4).to(torch.float64).scale.dtype == torch.float64

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,9 @@ def config(**fields: object) -> TrainConfig:
         ("beta2", 1.0, "beta2 must be from 0 up to but without 1"),
         ("warmup", 1.5, "warmup must be from 0 to 1"),
         ("precision", "fp8", "precision must be auto, float32 or bfloat16, got precision='fp8'"),
+        ("stop_after", 0, "stop_after must be at least 1"),
+        ("threads", 0, "threads must be at least 1"),
+        ("device", "auto:7", "device must be auto, cpu, cuda or cuda:N"),
         ("device", "tpu", "device must be auto, cpu, cuda or cuda:N"),
     ],
 )
@@ -56,10 +60,26 @@ def test_an_integer_is_taken_where_a_float_is_meant() -> None:
 
 
 def test_files_give_fields(tmp_path: Path) -> None:
-    toml, json = tmp_path / "a.toml", tmp_path / "a.json"
+    toml, plain = tmp_path / "a.toml", tmp_path / "a.json"
     toml.write_text('data = "d"\nsteps = 7\n[rules]\n"*" = "bbq-w2a2"\n')
-    json.write_text('{"data": "d", "steps": 7, "rules": {"*": "bbq-w2a2"}}')
-    assert read_config_file(toml) == read_config_file(json) == {"data": "d", "steps": 7, "rules": {"*": "bbq-w2a2"}}
+    plain.write_text('{"data": "d", "steps": 7, "rules": {"*": "bbq-w2a2"}}')
+    assert read_config_file(toml) == read_config_file(plain) == {"data": "d", "steps": 7, "rules": {"*": "bbq-w2a2"}}
+
+
+def test_the_configuration_of_a_run_is_a_configuration_file(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    recorded = {"versions": {}, "data_fingerprint": "x", "vocab_size": 257, "computed_in": "float32"}
+    path.write_text(json.dumps(config(steps=7).to_dict() | recorded))
+    assert TrainConfig(**read_config_file(path)) == config(steps=7)
+
+
+def test_rules_in_a_file_take_null_for_none_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('{"rules": {"lm_head": null, "*": "bbq-w2a2"}}')
+    assert read_config_file(path)["rules"] == {"lm_head": "none", "*": "bbq-w2a2"}
+    path.write_text('{"rules": {"*": 2}}')
+    with pytest.raises(ValueError, match="rule '\\*' must give a recipe's name"):
+        read_config_file(path)
 
 
 def test_broken_files_are_named(tmp_path: Path) -> None:

@@ -209,6 +209,38 @@ def test_a_run_of_another_configuration_is_refused_field_by_field(make_config: M
         train(make_config(steps=20, recipe="quest-w2a2"))
 
 
+def test_the_order_of_rules_counts(make_config: Make) -> None:
+    rules = {"*.mlp.*": "bbq-w2a2", "*": "bbq-w4a4"}
+    train(make_config(steps=20, stop_after=1, rules=rules))
+    with pytest.raises(ValueError, match="rules was"):
+        train(make_config(steps=20, rules=dict(reversed(rules.items()))))
+
+
+def test_another_precision_is_refused(make_config: Make) -> None:
+    train(make_config(steps=20, stop_after=1, precision="float32"))
+    with pytest.raises(ValueError, match="precision was 'float32', is 'bfloat16'"):
+        train(make_config(steps=20, precision="bfloat16"))
+
+
+def test_two_processes_do_not_train_one_run(make_config: Make) -> None:
+    config = make_config(steps=5000)
+    process = start(config)
+    wait_for_step(Path(config.out), 1)
+    with pytest.raises(ValueError, match="another process is training"):
+        train(config)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=120)
+    assert process.returncode == 0
+
+
+def test_stopping_twice_at_one_step_keeps_that_checkpoint(make_config: Make) -> None:
+    config = make_config(steps=20, stop_after=5, keep_checkpoints=1)
+    train(config)
+    before = list_checkpoints(Path(config.out))[-1].path.stat().st_mtime_ns
+    assert train(config).step == 5
+    assert list_checkpoints(Path(config.out))[-1].path.stat().st_mtime_ns == before
+
+
 def test_other_data_of_the_same_name_is_refused(make_config: Make, small_text: Path, tmp_path: Path) -> None:
     from bitbell.data import tokenize
 
@@ -229,7 +261,7 @@ def test_a_folder_that_is_no_run_is_refused(make_config: Make, tmp_path: Path) -
 
 def test_an_unwritable_output_folder_is_named(make_config: Make, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=r"cannot write to the run directory .*file/run: Not a directory"):
+    with pytest.raises(OSError, match=r"cannot write to the run directory .*file/run: (Not a directory|File exists)"):
         train(make_config(out=str(tmp_path / "file" / "run")))
 
 

@@ -29,9 +29,7 @@ def tokenize(
     """Turn text into a token data set.
 
     Args:
-        sources: Files or folders (.txt, .jsonl, .parquet, also .gz and .xz), hf:NAME of the datasets library, or kjv,
-        the
-            King James Bible that ships with bitbell.
+        sources: Files or folders (text, .jsonl, .parquet, .gz, .xz), hf:NAME, or kjv, the corpus in the package.
         out: Directory of the data set.
         tokenizer: bytes, bpe:SIZE (trained on the spot), a tokenizer.json or its folder, or a Hugging Face name.
         text_field: Field of JSON lines and Parquet rows that holds the text.
@@ -65,7 +63,7 @@ def train(config: TrainConfig) -> int:
 
     result = run(config)
     print(result.run)
-    return 0 if result.status == "finished" or config.stop_after is not None else 130
+    return 0 if result.status == "finished" or result.step == config.stop_after else 130
 
 
 def evaluate(
@@ -83,10 +81,10 @@ def evaluate(
     Args:
         model: A run or a packed directory.
         data: Token data set; by default the one that the run was trained on.
-        sequence_length: Tokens in a window; by default the run's.
+        sequence_length: Tokens in a window; by default the run's, and 128 for a packed model.
         split: Which split of the data.
         limit: Windows at most; by default all.
-        batch_size: Windows at a time; changes no number.
+        batch_size: Windows at a time; changes no number, except under bbq-tensor recipes.
         as_json: Print every number as JSON.
     """
     from bitbell.data import TokenDataset

@@ -24,7 +24,7 @@ def take_config_file(arguments: Sequence[str]) -> TrainConfig:
             TrainConfig, prog="bitbell train", args=rest, default=TrainConfig(**values), description=description
         )
     # tyro.MISSING keeps --data and --out required where the file does not give them.
-    default = _unchecked(values | dict.fromkeys(missing, tyro.MISSING))
+    default = TrainConfig(**values | dict.fromkeys(missing, tyro.MISSING))
     return tyro.cli(TrainConfig, prog="bitbell train", args=rest, default=default, description=description)
 
 
@@ -37,7 +37,3 @@ def _without_config(arguments: list[str]) -> tuple[list[str], str | None]:
         if argument.startswith("--config="):
             return arguments[:index] + arguments[index + 1 :], argument.partition("=")[2]
     return arguments, None
-
-
-def _unchecked(values: dict[str, Any]) -> TrainConfig:
-    return TrainConfig(**values)

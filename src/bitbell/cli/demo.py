@@ -43,14 +43,13 @@ def demo(out: str = "runs/demo", corpus: str = "kjv", steps: int = 300, seed: in
         steps: Optimizer steps of each run.
         seed: Of the weights and of the order of the data.
     """
+    from bitbell.data import tokenize
+
     begun = time.perf_counter()
     folder = Path(out)
     data = folder / "data"
-    if not (data / "dataset.json").exists():
-        _announce(f"bitbell tokenize {corpus} --out {data} --tokenizer bpe:1024")
-        from bitbell.data import tokenize
-
-        tokenize([corpus], data, tokenizer="bpe:1024")
+    _announce(f"bitbell tokenize {corpus} --out {data} --tokenizer bpe:1024")
+    tokenize([corpus], data, tokenizer="bpe:1024")  # if that is there already, it is opened
     summaries = {}
     for contestant in CONTESTANTS:
         summary = _train(contestant, folder, data, steps, seed)

@@ -155,10 +155,16 @@ def _(words: Tensor, bits: int, columns: int) -> Tensor:
 def integer_product(a: Tensor, b: Tensor) -> Tensor:
     """The exact product a (M, K) int8 times b (N, K) int8 transposed, accumulated in int32, shape (M, N).
 
-    K must be below 2**17, so that the sum cannot overflow.
+    Computed in float32 blocks, since PyTorch multiplies int32 matrices slowly on CPUs and not at all on GPUs: a block
+    of 1024 columns keeps every partial sum below 2**24, where float32 is exact. K must be below 2**17, so that the
+    int32 sum cannot overflow.
     """
     _check_operands(a, b)
-    return (a.to(torch.int32) @ b.to(torch.int32).T).contiguous()
+    total = torch.zeros(a.shape[0], b.shape[0], dtype=torch.int32, device=a.device)
+    for start in range(0, a.shape[1], 1024):
+        part = a[:, start : start + 1024].float() @ b[:, start : start + 1024].float().T
+        total += part.to(torch.int32)
+    return total
 
 
 @integer_product.register_fake
@@ -168,19 +174,11 @@ def _(a: Tensor, b: Tensor) -> Tensor:
 
 @integer_product.register_kernel("cpu")
 def _integer_product_cpu(a: Tensor, b: Tensor) -> Tensor:
-    """The same integers from the CPU's fast products.
-
-    With VNNI, `torch._int_mm` is the int8 product. Without it that function is slower than float32 by a factor of
-    ten, while float32 is exact as long as every partial sum stays below 2**24: blocks of 1024 columns do.
-    """
+    """With VNNI, `torch._int_mm` is a fast int8 product; without it, that function is ten times slower than float32."""
     _check_operands(a, b)
     if _has_vnni() and a.shape[0] and b.shape[0] and a.shape[1]:
         return torch._int_mm(a, b.T)
-    total = torch.zeros(a.shape[0], b.shape[0], dtype=torch.int32)
-    for start in range(0, a.shape[1], 1024):
-        part = a[:, start : start + 1024].float() @ b[:, start : start + 1024].float().T
-        total += part.to(torch.int32)
-    return total
+    return integer_product._init_fn(a, b)
 
 
 @lru_cache(maxsize=1)

@@ -2,9 +2,9 @@
 
     y = (levels_x . levels_w^T) * step_w * step_x
 
-Levels are small integers or half-integers, so float32 (and bfloat16 operands with a float32 sum) multiply them
-exactly; only the two steps round. For the backward pass it keeps codes (one byte an element) instead of float
-tensors.
+Levels are small integers or half-integers, so float32 multiplies and sums them exactly, and only the two steps round.
+Under bfloat16 autocast the operands are exact too, but the sum is rounded to bfloat16 before the steps. For the
+backward pass it keeps codes (one byte an element) instead of float tensors.
 """
 
 from __future__ import annotations

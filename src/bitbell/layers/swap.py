@@ -41,7 +41,7 @@ def quantize(model: nn.Module, rules: Rules, *, share_inputs: bool = True) -> nn
         raise ValueError("this model is quantized already; quantize() works on a full-precision model, once")
     compiled = _compile_rules(rules)
     plan, kept = _plan(model, compiled)
-    _check_rules(model, compiled, plan)
+    _check_rules(model, compiled)
     layers: dict[str, nn.Module] = {}
     for name, recipe in plan.items():
         linear = model.get_submodule(name)
@@ -142,7 +142,7 @@ def _head_name(model: nn.Module) -> str | None:
     return linears[-1] if linears and linears[-1].rpartition(".")[2] in HEAD_NAMES else None
 
 
-def _check_rules(model: nn.Module, rules: list[tuple[str, Recipe | None]], plan: dict[str, Recipe]) -> None:
+def _check_rules(model: nn.Module, rules: list[tuple[str, Recipe | None]]) -> None:
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     # Leaving alone what is never swapped, such as an embedding, is no mistake; naming a container swaps what is in it.
     others = [

@@ -120,7 +120,8 @@ def _hugging_face_builder(folder: Path, config: dict[str, Any], num_tensors: int
 
     def build() -> nn.Module:
         try:
-            return AutoModelForCausalLM.from_config(architecture)
+            with torch.random.fork_rng(devices=[]):  # its weights are replaced, so they should cost no random numbers
+                return AutoModelForCausalLM.from_config(architecture)
         except Exception as error:  # likewise
             raise PackedFileError(f"{where}: no model can be built from it: {error}") from None
 

@@ -9,7 +9,6 @@ on. It knows nothing of layers, models or files. A method is one file with one s
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from typing import Any, ClassVar, NamedTuple
 
@@ -163,6 +162,15 @@ class Quantizer(nn.Module):
         """What rebuilds this quantizer: `Method(**options)`, all of it JSON."""
         return {"bits": self.bits, "rows": self.rows, "rotation": self.rotation, "zero_point": self.zero_point}
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Quantizer:
+        """Move with the model, but stay in float32 at least: a running average would stand still in bfloat16."""
+
+        def moved(t: Tensor) -> Tensor:
+            result: Tensor = fn(t)
+            return t.to(result.device) if result.is_floating_point() and result.element_size() < 4 else result
+
+        return super()._apply(moved, recurse)
+
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in self.options().items())
 
@@ -186,16 +194,6 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def normal_cdf(v: Tensor) -> Tensor:
-    """The distribution function of the standard normal."""
-    return 0.5 * (1 + torch.erf(v * math.sqrt(0.5)))
-
-
-def normal_pdf(v: Tensor) -> Tensor:
-    """The density of the standard normal."""
-    return torch.exp(-0.5 * v.square()) * (1 / math.sqrt(2 * math.pi))
-
-
 def sum_to(x: Tensor, like: Tensor) -> Tensor:
     """Sum `x` over whatever was broadcast, so that it takes the shape of `like`."""
     return x.sum_to_size(like.shape)
@@ -207,8 +205,6 @@ __all__ = [
     "Quantizer",
     "code_histogram",
     "entropy_of",
-    "normal_cdf",
-    "normal_pdf",
     "sum_to",
     "wide",
 ]

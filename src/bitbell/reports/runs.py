@@ -30,7 +30,7 @@ SUMMARY_NUMBERS = (
     *("weight_bits", "activation_bits", "steps", "loss", "perplexity", "bits_per_byte", "seconds_per_step"),
     *("weight_entropy", "activation_entropy", "parameters", "quantized_parameters", "bytes", "packed_bytes"),
 )
-RECIPE = re.compile(r"(?P<method>[A-Za-z]\w*)-w(?P<weights>\d+)a(?P<activations>\d+)")
+RECIPE = re.compile(r"(?P<method>[A-Za-z][\w-]*?)-w(?P<weights>\d+)a(?P<activations>\d+)")
 
 
 @dataclass(frozen=True)
@@ -251,7 +251,7 @@ def _check_numbers(values: dict[str, Any], keys: Sequence[str], where: str) -> N
 def _planned_recipe(config: dict[str, Any]) -> Any:
     """What the configuration quantizes with: its rules if it has any, else its recipe; None for nothing."""
     recipe = config.get("rules") or config.get("recipe")
-    return None if recipe == "none" else recipe
+    return None if recipe in ("none", "full-precision") else recipe
 
 
 def _match_recipe(recipe: Any) -> re.Match[str] | None:

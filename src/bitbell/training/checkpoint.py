@@ -38,20 +38,30 @@ class Checkpoint:
 
 def list_checkpoints(run: Path) -> list[Checkpoint]:
     """Finished checkpoints of a run, oldest first."""
-    found = [p for p in (run / "checkpoints").glob("step-*") if p.name[5:].isdigit() and (p / "state.json").is_file()]
+    found = [p for p in (run / "checkpoints").glob("step-*") if p.name[5:].isdigit() and _is_whole(p)]
     return sorted((Checkpoint(p, int(p.name[5:])) for p in found), key=lambda c: c.step)
 
 
+def _is_whole(path: Path) -> bool:
+    return all((path / name).is_file() for name in ("state.json", "model.safetensors", "optimizer.safetensors"))
+
+
 def save_checkpoint(run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, keep: int) -> Checkpoint:
-    """Write a checkpoint, then delete all but the newest `keep`. Raises CheckpointError with the last good one
-    intact."""
+    """Write a checkpoint, then delete all but the newest `keep`.
+
+    One that is there already is left as it is, since the state is a function of the step. Raises CheckpointError with
+    the last good one intact.
+    """
     from safetensors.torch import save_file
 
     folder = run / "checkpoints"
     final, partial = folder / f"step-{step:08d}", folder / f"partial-{step:08d}"
     state = {"format_version": FORMAT_VERSION, "step": step, "random_state": _random_state()}
+    if _is_whole(final):
+        return Checkpoint(final, step)
     try:
-        shutil.rmtree(partial, ignore_errors=True)
+        for left_over in folder.glob("partial-*"):  # of a process that was killed
+            shutil.rmtree(left_over, ignore_errors=True)
         partial.mkdir(parents=True)
         save_file(_plain(model.state_dict()), partial / "model.safetensors")
         save_file(_plain(_moments(model, optimizer)), partial / "optimizer.safetensors")
@@ -104,11 +114,15 @@ def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Te
 def _restore_moments(
     model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], path: Path
 ) -> None:
-    parameters = dict(model.named_parameters())
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if missing := sorted(parameters.keys() - {name.rpartition(":")[0] for name in tensors}):
+        raise CheckpointError(f"{path / 'optimizer.safetensors'}: the moments of {missing[0]} are missing")
     for full_name, value in tensors.items():
         name, _, key = full_name.rpartition(":")
-        if name not in parameters:
-            raise CheckpointError(f"{path / 'optimizer.safetensors'}: {name} is no parameter of this model")
+        if name not in parameters or (value.dim() and value.shape != parameters[name].shape):
+            raise CheckpointError(
+                f"{path / 'optimizer.safetensors'}: {full_name} {tuple(value.shape)} fits no parameter of this model"
+            )
         # AdamW keeps `step` on the CPU unless it is fused, in which case it follows the parameter.
         optimizer.state[parameters[name]][key] = value.to(parameters[name].device)
 

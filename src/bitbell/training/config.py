@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-# Fields that may change between a run's start and its resumption: they do not touch its numbers.
+# Fields that may change between a run's start and its resumption. Device, threads and compilation touch the last bits
+# only.
 FREE_FIELDS = frozenset(
     {
         "out",
@@ -18,12 +20,32 @@ FREE_FIELDS = frozenset(
         "log_every",
         "evaluate_every",
         "evaluate_windows",
+        "final_windows",
         "checkpoint_every",
         "keep_checkpoints",
         "entropy_every",
     }
     | {"tensorboard", "threads", "stop_after", "device", "compile"}
 )
+
+
+COUNTS = (
+    "steps",
+    "batch_size",
+    "sequence_length",
+    "accumulation",
+    "threads",
+    "log_every",
+    "entropy_every",
+    "evaluate_every",
+    "evaluate_windows",
+    "final_windows",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "stop_after",
+)
+# What a run's config.json holds beside the configuration.
+RECORDED = ("versions", "data_fingerprint", "vocab_size", "computed_in")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +106,9 @@ class TrainConfig:
     evaluate_every: int = 100
     """Steps between validations."""
     evaluate_windows: int = 64
-    """Sequences in a validation during training; the last one uses all."""
+    """Sequences in a validation during training."""
+    final_windows: int = 4096
+    """Sequences in the last validation, at most."""
     checkpoint_every: int = 100
     """Steps between checkpoints."""
     keep_checkpoints: int = 2
@@ -95,18 +119,9 @@ class TrainConfig:
     """Stop cleanly, with a checkpoint, after this many steps in all; the run can be continued."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "steps",
-            "batch_size",
-            "sequence_length",
-            "accumulation",
-            "log_every",
-            "entropy_every",
-            "keep_checkpoints",
-        ):
-            _check(self, name, getattr(self, name) >= 1, "at least 1")
-        for name in ("evaluate_every", "checkpoint_every", "evaluate_windows"):
-            _check(self, name, getattr(self, name) >= 1, "at least 1")
+        for name in COUNTS:
+            value = getattr(self, name)
+            _check(self, name, value is None or value >= 1, "at least 1")
         _check(self, "learning_rate", self.learning_rate is None or 0 < self.learning_rate < math.inf, "positive")
         _check(self, "weight_decay", 0 <= self.weight_decay < math.inf, "0 or more")
         _check(self, "clip", self.clip > 0, "positive")
@@ -115,7 +130,8 @@ class TrainConfig:
         for name in ("warmup", "final"):
             _check(self, name, 0 <= getattr(self, name) <= 1, "from 0 to 1")
         _check(self, "precision", self.precision in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16")
-        _check(self, "device", self.device.split(":")[0] in ("auto", "cpu", "cuda"), "auto, cpu, cuda or cuda:N")
+        known = re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None
+        _check(self, "device", known, "auto, cpu, cuda or cuda:N")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str = "configuration") -> TrainConfig:
@@ -130,7 +146,9 @@ class TrainConfig:
     def differences(self, other: TrainConfig) -> dict[str, tuple[Any, Any]]:
         """Fields that matter to the numbers and differ: name -> (mine, the other's)."""
         names = [f.name for f in dataclasses.fields(self) if f.name not in FREE_FIELDS]
-        return {n: (getattr(self, n), getattr(other, n)) for n in names if getattr(self, n) != getattr(other, n)}
+        pairs = {name: (getattr(self, name), getattr(other, name)) for name in names}
+        # Rules are ordered, and dictionaries compare equal in any order.
+        return {name: (a, b) for name, (a, b) in pairs.items() if a != b or (name == "rules" and list(a) != list(b))}
 
 
 def _check(config: TrainConfig, name: str, holds: bool, allowed: str) -> None:
@@ -157,8 +175,15 @@ def check_fields(values: dict[str, Any], source: str) -> dict[str, Any]:
         if not isinstance(value, plain) or (isinstance(value, bool) and bool not in plain):
             names = " or ".join(kind.__name__ for kind in plain if kind is not type(None))
             raise ValueError(f"{source}: {name} must be {names}, got {value!r}")
-        checked[name] = value
+        checked[name] = _check_rules(value, source) if name == "rules" else value
     return checked
+
+
+def _check_rules(rules: dict[str, Any], source: str) -> dict[str, str]:
+    for pattern, recipe in rules.items():
+        if recipe is not None and not isinstance(recipe, str):
+            raise ValueError(f'{source}: rule {pattern!r} must give a recipe\'s name or "none", got {recipe!r}')
+    return {pattern: recipe or "none" for pattern, recipe in rules.items()}
 
 
 def read_config_file(path: str | Path) -> dict[str, Any]:
@@ -174,5 +199,4 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} is no valid {'JSON' if path.suffix == '.json' else 'TOML'}: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold fields with values, got a {type(values).__name__}")
-    values.pop("versions", None)
-    return check_fields(values, str(path))
+    return check_fields({name: value for name, value in values.items() if name not in RECORDED}, str(path))

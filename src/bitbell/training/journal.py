@@ -25,7 +25,7 @@ class Journal:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(run / "tensorboard", purge_step=first_step or None)
+            self._writer = SummaryWriter(run / "tensorboard", purge_step=first_step + 1)
 
     def write(self, event: str, step: int, **values: Any) -> None:
         """Record one event after `step` steps; numbers, and one level of {layer: {name: number}}."""

@@ -33,7 +33,7 @@ from bitbell.training.config import TrainConfig
 from bitbell.training.health import TrainingDiverged, first_bad_gradient, first_not_finite
 from bitbell.training.journal import Journal, Progress, read_metrics
 from bitbell.training.optimizer import learning_rate_at, make_optimizer
-from bitbell.training.run import build_run_model, open_run, read_json, write_json
+from bitbell.training.run import build_run_model, lock_run, open_run, read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,16 @@ def train(config: TrainConfig, progress: Progress | None = None) -> TrainingResu
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     dataset = TokenDataset.open(config.data)
-    return _Run(config, dataset, progress or Progress(config.steps)).go()
+    progress = progress or Progress(config.steps)
+    device = pick_device(config.device)
+    precision = pick_precision(config.precision, device)
+    with lock_run(Path(config.out)):
+        finished = Path(config.out) / "summary.json"
+        if finished.exists():
+            run = open_run(config, dataset, dtype_name(precision))
+            progress.say(f"{run} is finished already")
+            return TrainingResult(run, config.steps, "finished", read_json(finished))
+        return _Run(config, dataset, device, precision, progress).go()
 
 
 def pick_device(name: str) -> torch.device:
@@ -74,17 +83,30 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
     features = torch.cpu.get_capabilities()
-    fast = device.type == "cuda" or features.get("amx_bf16") or features.get("avx512_bf16")
+    fast = bool(features.get("amx_bf16") or features.get("avx512_bf16"))
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if fast else torch.float32
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """ "float32" for torch.float32."""
+    return str(dtype).removeprefix("torch.")
 
 
 class _Run:
     """The state of one process's part of a run."""
 
-    def __init__(self, config: TrainConfig, dataset: TokenDataset, progress: Progress) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        dataset: TokenDataset,
+        device: torch.device,
+        precision: torch.dtype,
+        progress: Progress,
+    ) -> None:
         self.config, self.dataset, self.progress = config, dataset, progress
-        self.device = pick_device(config.device)
-        self.precision = pick_precision(config.precision, self.device)
+        self.device, self.precision = device, precision
         self.batches = Batches(
             dataset, "train", batch_size=config.batch_size, sequence_length=config.sequence_length, seed=config.seed
         )
@@ -94,7 +116,7 @@ class _Run:
         self.bytes_per_token = dataset.num_bytes("valid") / dataset.num_tokens("valid")
         self.peak = config.learning_rate or find_preset(config.preset).learning_rate
         self.model = build_run_model(config, dataset.vocab_size).to(self.device)
-        self.run = open_run(config, dataset)
+        self.run = open_run(config, dataset, dtype_name(precision))
         self.optimizer = make_optimizer(self.model, config, self.peak)
         self.step = self._restore()
         self.forward: nn.Module = torch.compile(self.model) if config.compile else self.model  # type: ignore[assignment]
@@ -121,9 +143,6 @@ class _Run:
         self.started, self.logged_step = time.perf_counter(), self.step
         self.paused, self.logged_at = 0.0, time.perf_counter()
         last = min(self.config.steps, self.config.stop_after or self.config.steps)
-        if self.step == self.config.steps and (self.run / "summary.json").exists():
-            self.progress.say(f"{self.run} is finished already")
-            return TrainingResult(self.run, self.step, "finished", read_json(self.run / "summary.json"))
         self.model.train()
         try:
             with _stop_on_signals(self):
@@ -237,12 +256,13 @@ class _Run:
         save_checkpoint(self.run, self.step, self.model, self.optimizer, self.config.keep_checkpoints)
 
     def _finish(self) -> dict[str, Any]:
-        """Checkpoint, evaluate on the whole validation split, and write the summary."""
+        """Checkpoint, evaluate on the validation split, and write the summary."""
         self._checkpoint()
         result = evaluate(
             self.model,
             self.dataset,
             sequence_length=self.config.sequence_length,
+            limit=self.config.final_windows,
             batch_size=self.config.batch_size,
             precision=self.precision,
         )
@@ -294,7 +314,7 @@ def summarize(
         "bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
         "packed_bytes": sum(row.bytes_packed for row in rows) if layers else None,
         "seconds_per_step": seconds[len(seconds) // 2] if seconds else None,
-        "precision": str(precision).removeprefix("torch."),
+        "precision": dtype_name(precision),
         "layers": layers,
     }
 

@@ -14,7 +14,8 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
-def open_run(config: TrainConfig, dataset: TokenDataset) -> Path:
-    """Make the run's directory, or open that of the same configuration to continue it.
+def open_run(config: TrainConfig, dataset: TokenDataset, computed_in: str) -> Path:
+    """Make the run's directory, or open that of the same configuration, data and precision to continue it.
 
     Raises ValueError naming the fields that differ if it holds another run, and OSError naming it if it cannot be
     written.
@@ -41,23 +42,52 @@ def open_run(config: TrainConfig, dataset: TokenDataset) -> Path:
         differ = old.differences(config)
         if found.get("data_fingerprint") != fingerprint:
             differ["data"] = (old.data, config.data)
+        if found.get("computed_in") != computed_in:
+            differ["precision"] = (found.get("computed_in"), computed_in)
         if differ:
             listed = "; ".join(f"{name} was {mine!r}, is {theirs!r}" for name, (mine, theirs) in differ.items())
             raise ValueError(
                 f"{run} holds a run of another configuration ({listed}). Choose another --out or delete it"
             )
-    elif run.exists() and (not run.is_dir() or any(run.iterdir())):
+        return run
+    if run.exists() and (not run.is_dir() or any(path.suffix not in (".partial", ".lock") for path in run.iterdir())):
         raise ValueError(f"{run} exists and is not a run of bitbell (no config.json in it). Choose another --out")
     try:
         run.mkdir(parents=True, exist_ok=True)
-        extra = {"versions": versions(), "data_fingerprint": fingerprint, "vocab_size": dataset.vocab_size}
-        write_json(run / "config.json", config.to_dict() | extra)
         for name in TOKENIZER_FILES:
             if (Path(config.data) / name).exists():
-                (run / name).write_bytes((Path(config.data) / name).read_bytes())
+                (run / name).with_suffix(".partial").write_bytes((Path(config.data) / name).read_bytes())
+                os.replace((run / name).with_suffix(".partial"), run / name)
+        extra = {"versions": versions(), "data_fingerprint": fingerprint, "vocab_size": dataset.vocab_size}
+        write_json(run / "config.json", config.to_dict() | extra | {"computed_in": computed_in})
     except OSError as error:
-        raise OSError(f"cannot write to the run directory {run}: {error.strerror or error}") from error
+        raise _cannot_write(run, error) from error
     return run
+
+
+@contextmanager
+def lock_run(run: Path) -> Iterator[None]:
+    """Hold the run for this process. Raises ValueError if another process is training it."""
+    try:
+        import fcntl
+    except ImportError:  # not on Windows, where runs are not guarded
+        yield
+        return
+    try:
+        run.parent.mkdir(parents=True, exist_ok=True)
+        file = (run.parent / f".{run.name}.lock").open("w")
+    except OSError as error:
+        raise _cannot_write(run, error) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is training {run}; wait for it, or choose another --out") from None
+        yield
+
+
+def _cannot_write(run: Path, error: OSError) -> OSError:
+    return OSError(f"cannot write to the run directory {run}: {error.strerror or error}")
 
 
 def read_run_config(run: Path) -> tuple[TrainConfig, dict[str, Any]]:
@@ -81,19 +111,14 @@ def data_fingerprint(data: Path) -> str:
 
 def build_run_model(config: TrainConfig, vocab_size: int) -> nn.Module:
     """The model of a configuration, quantized but not yet calibrated or trained."""
-    from bitbell.layers import quantize
+    from bitbell.layers import as_recipe, quantize
     from bitbell.models import build_model
 
     model = build_model(config.preset, vocab_size=vocab_size, sequence_length=config.sequence_length, seed=config.seed)
-    rules: Mapping[str, str | None] = {pattern: _none(name) for pattern, name in config.rules.items()}
-    if rules:
-        return quantize(model, rules, share_inputs=config.share_inputs)
-    recipe = _none(config.recipe)
+    if config.rules:
+        return quantize(model, config.rules, share_inputs=config.share_inputs)
+    recipe = as_recipe(config.recipe)
     return model if recipe is None else quantize(model, recipe, share_inputs=config.share_inputs)
-
-
-def _none(recipe: str) -> str | None:
-    return None if recipe.lower() in ("none", "full-precision") else recipe
 
 
 def load_run(run: str | Path) -> tuple[nn.Module, TrainConfig, int]:
