@@ -164,3 +164,12 @@ def test_info_says_which_path_each_kernel_takes(capsys: pytest.CaptureFixture[st
 def test_the_installed_command_starts() -> None:
     out = subprocess.run([sys.executable, "-m", "bitbell", "--version"], capture_output=True, text=True, check=True)
     assert out.stdout.startswith("bitbell ")
+
+
+def test_data_of_another_tokenizer_is_refused(
+    run: Path, small_text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "bpe"
+    assert main(["tokenize", str(small_text), "--out", str(other), "--tokenizer", "bpe:260"]) == 0
+    assert main(["evaluate", str(run), "--data", str(other)]) == 1
+    assert "was made with another tokenizer" in capsys.readouterr().err

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bitbell.layers import QuantLinear, Recipe, calibrate, quantize, quantized_layers
+from bitbell.layers import QuantLinear, Recipe, calibrate, quantize, quantized_layers, report
 from bitbell.layers.swap import quantizers, replace_module
 
 
@@ -196,12 +196,14 @@ def test_a_width_that_cannot_be_rotated_is_refused_naming_the_layer_and_the_ways
 
 
 def test_the_hidden_linear_of_multihead_attention_is_left_alone_with_the_reason() -> None:
-    model = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True)
+    model = nn.TransformerDecoderLayer(32, 2, 64, batch_first=True)
     quantize(model, "bbq-w2a2")
     assert set(recipes(model)) == {"linear1", "linear2"}
-    assert kept(model) == {"self_attn.out_proj": "a NonDynamicallyQuantizableLinear is not a plain nn.Linear"}
-    calibrate(model, torch.randn(2, 5, 32))
-    assert model(torch.randn(2, 5, 32)).shape == (2, 5, 32)
+    reason = "a NonDynamicallyQuantizableLinear is not a plain nn.Linear"
+    assert kept(model) == {"self_attn.out_proj": reason, "multihead_attn.out_proj": reason}
+    x = torch.randn(2, 5, 32)
+    calibrate(model, (x, x))
+    assert model(x, x).shape == (2, 5, 32)
 
 
 def test_subclasses_of_linear_are_left_alone() -> None:
@@ -291,3 +293,33 @@ def test_replace_module_puts_a_module_at_a_path() -> None:
     assert isinstance(model.blocks[1].mlp.up_proj, nn.Identity)
     replace_module(model, "lm_head", nn.Identity())
     assert isinstance(model.lm_head, nn.Identity)
+
+
+def test_a_rule_that_earlier_rules_leave_nothing_to_is_an_error() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    with pytest.raises(ValueError, match="rule '1' never applies: the first match wins"):
+        quantize(model, {"*": "bbq-w2a2", "1": None})
+
+
+def test_an_encoder_layer_that_bypasses_its_linear_layers_is_left_alone_and_says_so() -> None:
+    model = nn.Sequential(nn.TransformerEncoderLayer(64, 4, 128, batch_first=True, dropout=0.0), nn.Linear(64, 64))
+    quantize(model, "bbq-w2a2")
+    kept = [row for row in report(model).rows if row.name == "0.linear1"]
+    assert "past its forward" in kept[0].reason
+    calibrate(model, x := torch.randn(2, 5, 64))
+    encoder = model.eval()[0]
+    with torch.no_grad():
+        fast = encoder(x)
+    torch.testing.assert_close(encoder(x), fast)
+
+
+def test_a_calibration_that_fails_leaves_no_scale_behind() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 32))
+    quantize(model, "bbq-w2a2")
+    model.append(nn.Linear(99, 5))  # fails on its input
+    with pytest.raises(RuntimeError):
+        calibrate(model, 1000 * torch.randn(8, 64))
+    assert not bool(model[0].activation_quantizer.calibrated)
+    del model[2]
+    calibrate(model, torch.randn(8, 64))
+    assert float(model[0].activation_quantizer.scale.detach()) < 3

@@ -384,7 +384,7 @@ def test_another_kind_of_model_is_refused(directory: Path, model_type: Any) -> N
 
 def test_a_missing_model_type_asks_for_the_model(directory: Path) -> None:
     edit_config(directory, lambda config: config.pop("model_type"))
-    refused(directory, r"pass bitbell.load\(directory, model=...\)")
+    refused(directory, r"has no model_type, so this was packed from a model of your own")
 
 
 def test_no_code_of_the_directory_is_run(directory: Path, tokens: Tensor) -> None:

@@ -203,7 +203,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_intact(make_config: Make) -> Non
 
 def test_a_run_of_another_configuration_is_refused_field_by_field(make_config: Make) -> None:
     train(make_config(steps=20, stop_after=1))
-    with pytest.raises(ValueError, match=r"another configuration \(.*seed was 0, is 1.*\)\. Choose another --out"):
+    with pytest.raises(ValueError, match=r"another configuration \(.*seed was 0, is 1.*\)\. Drop what changed"):
         train(make_config(steps=20, seed=1))
     with pytest.raises(ValueError, match=r"recipe was 'bbq-w2a2', is 'quest-w2a2'"):
         train(make_config(steps=20, recipe="quest-w2a2"))

@@ -92,20 +92,21 @@ def evaluate(
 
     loaded, source = open_model(model)
     dataset = TokenDataset.open(_data_of(source, data))
+    _check_tokenizer(model, dataset.path)
     length = sequence_length or source.get("sequence_length", 128)
     result = run(loaded, dataset, sequence_length=length, split=split, limit=limit, batch_size=batch_size)
     if as_json:
         print(json.dumps(result.to_dict(), indent=2))
         return 0
-    print(f"loss            {result.loss:.4f} nats a token, over {result.tokens:,} tokens")
-    print(f"perplexity      {result.perplexity:.3f}")
-    print(f"bits per byte   {result.bits_per_byte:.4f}")
     for layer in result.layers:
         activations = "" if layer.activation_entropy is None else f"   activations {layer.activation_entropy:.3f}"
         print(f"{layer.name:<42} {layer.recipe:<12} weights {layer.weight_entropy:.3f}{activations} bits")
     if result.weight_entropy is not None:
         activations = "" if result.activation_entropy is None else f"   activations {result.activation_entropy:.3f}"
         print(f"{'mean entropy':<42} {'':<12} weights {result.weight_entropy:.3f}{activations} bits")
+    print(f"loss            {result.loss:.4f} nats a token, over {result.tokens:,} tokens")
+    print(f"perplexity      {result.perplexity:.3f}")
+    print(f"bits per byte   {result.bits_per_byte:.4f}")
     return 0
 
 
@@ -155,6 +156,7 @@ def verify(
     if data is None and not (Path(source) / "dataset.json").exists():
         print(f"perplexity not compared: the data set {source} is not there (give --data)")
         return 0
+    _check_tokenizer(run, Path(source))
     return _compare_perplexity(model, twin, source, config.sequence_length, limit)
 
 
@@ -262,6 +264,13 @@ def open_model(path: str) -> tuple[nn.Module, dict[str, Any]]:
 
     model, config, _ = load_run(path)
     return model, config.to_dict()
+
+
+def _check_tokenizer(model: str, data: Path) -> None:
+    """Raise ValueError if the data's tokens are not those of the model: the numbers would mean nothing."""
+    ours, theirs = Path(model) / "tokenizer.json", Path(data) / "tokenizer.json"
+    if ours.exists() and theirs.exists() and ours.read_bytes() != theirs.read_bytes():
+        raise ValueError(f"{data} was made with another tokenizer than {model}; give the data of its own, with --data")
 
 
 def _data_of(source: dict[str, Any], data: str | None) -> str:

@@ -66,6 +66,7 @@ class QuantizationReport:
 def report(model: nn.Module) -> QuantizationReport:
     """Every layer of `model` with parameters of its own: setting, bytes now, bytes packed, and why it was left
     alone."""
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
     reasons: dict[str, str] = model.__dict__.get("kept_in_full_precision", {})
     quantized = dict(quantized_layers(model))
     rows: list[LayerRow] = []

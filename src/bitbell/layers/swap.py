@@ -33,9 +33,11 @@ def quantize(model: nn.Module, rules: Rules, *, share_inputs: bool = True) -> nn
     """Swap the linear layers of `model` for quantized ones, in place, and return it.
 
     rules: a recipe, its name, or an ordered mapping pattern -> recipe, name or None. share_inputs: let q/k/v and
-    gate/up projections of one block share one activation quantizer. The result must see `bitbell.calibrate(model,
-    batch)` before its first forward pass. Raises ValueError for a rule that matches nothing, for a layer that cannot
-    be rotated, and for a model that is quantized already.
+    gate/up projections of one block share one activation quantizer. The output head is what the model says it is, or
+    the last linear layer if it is called lm_head, embed_out, head, classifier or score. Make the optimizer
+    afterwards: the scales are new parameters. To load a quantized state, quantize with the same rules first. The
+    result must see `bitbell.calibrate(model, batch)` before its first forward pass. Raises ValueError for a rule that
+    matches nothing, for a layer that cannot be rotated, and for a model that is quantized already.
     """
     if any(isinstance(module, QuantizedLayer) for module in model.modules()):
         raise ValueError("this model is quantized already; quantize() works on a full-precision model, once")
@@ -125,6 +127,8 @@ def _plan(model: nn.Module, rules: list[tuple[str, Recipe | None]]) -> tuple[dic
             kept[name] = f"rule {pattern!r} leaves it alone"
         elif name == head and pattern == "*":
             kept[name] = "the output head keeps full precision unless a rule names it"
+        elif isinstance(model.get_submodule(name.rpartition(".")[0]), nn.TransformerEncoderLayer):
+            kept[name] = "nn.TransformerEncoderLayer reads its weight past its forward in evaluation"
         elif type(module) is not nn.Linear:
             kept[name] = f"a {type(module).__name__} is not a plain nn.Linear"
         else:
@@ -148,11 +152,20 @@ def _check_rules(model: nn.Module, rules: list[tuple[str, Recipe | None]]) -> No
     others = [
         name for name, module in model.named_modules() if not any(isinstance(m, nn.Linear) for m in module.modules())
     ]
+    first = {name: next((p for p, _ in rules if _matches(p, name)), None) for name in linears}
     for pattern, recipe in rules:
+        matched = [name for name in linears if _matches(pattern, name)]
+        if matched and pattern != "*" and not any(first[name] == pattern for name in matched):
+            raise ValueError(
+                f"rule {pattern!r} never applies: the first match wins, and earlier rules take {matched[0]!r} and "
+                "whatever else it matches. Put it before them"
+            )
         candidates = linears + others if recipe is None else linears
         if not any(_matches(pattern, name) for name in candidates):
             close = difflib.get_close_matches(pattern, linears, n=1, cutoff=0.3)
-            example = (close or linears or ["(none)"])[0]
+            if not linears:
+                raise ValueError("the model has no layer to quantize: it has no nn.Linear")
+            example = (close or linears)[0]
             raise ValueError(
                 f"rule {pattern!r} matches no linear layer of the model. Its layers are called e.g. {example!r}"
             )
@@ -226,6 +239,7 @@ def calibrate(model: nn.Module, batch: Any, *, again: bool = False) -> nn.Module
                     raise ValueError(f"{what} of {name}: {error}") from None
 
     hooks = []
+    before_it = [(quantizer, _copied_state(quantizer)) for _, quantizer in quantizers(model)]
     for name, layer in quantized_layers(model):
         if isinstance(layer, QuantLinear):
             hooks.append(layer.register_forward_pre_hook(lambda layer, args, name=name: before(name, layer, args)))
@@ -233,6 +247,10 @@ def calibrate(model: nn.Module, batch: Any, *, again: bool = False) -> nn.Module
     model.eval()
     try:
         _call(model, batch)
+    except BaseException:  # all or nothing: half the scales of a failed pass would be taken for good ones
+        for quantizer, state in before_it:
+            quantizer.load_state_dict(state)
+        raise
     finally:
         for module, was_training in modes:
             module.training = was_training
@@ -244,6 +262,10 @@ def calibrate(model: nn.Module, batch: Any, *, again: bool = False) -> nn.Module
             f"the batch did not reach {len(missed)} quantizers, so they have no scale: {', '.join(missed[:3])} ..."
         )
     return model
+
+
+def _copied_state(module: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
 
 
 def _call(model: nn.Module, batch: Any) -> Any:

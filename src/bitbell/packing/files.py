@@ -65,6 +65,7 @@ def _write(packed: PackedModel, folder: Path, tokenizer: str | Path | None) -> N
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in state.items() if name not in tied}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(describe(packed), indent=2) + "\n", encoding="utf-8")
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors writes for the owner only
     for name in TOKENIZER_FILES:
         if tokenizer is not None and (source := Path(tokenizer) / name).exists():
             shutil.copyfile(source, folder / name)

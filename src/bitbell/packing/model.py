@@ -56,6 +56,7 @@ def pack(model: nn.Module) -> PackedModel:
     Raises ValueError for a model without quantized layers, or with one that has no scale yet or whose weights are not
     finite.
     """
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
     trained = dict(quantized_layers(model))
     if not trained:
         raise ValueError("the model has no quantized layer; quantize and train it first (bitbell.quantize)")

@@ -105,6 +105,11 @@ def _hugging_face_builder(folder: Path, config: dict[str, Any], num_tensors: int
     from transformers import AutoConfig, AutoModelForCausalLM
 
     where = folder / "config.json"
+    if "model_type" not in config:
+        raise PackedFileError(
+            f"{where} has no model_type, so this was packed from a model of your own: pass an instance of its "
+            "architecture, bitbell.load(directory, model=...)"
+        )
     for name in DEPTHS:
         _check_depth(where, config.get(name, 0), num_tensors)
     try:
@@ -115,7 +120,7 @@ def _hugging_face_builder(folder: Path, config: dict[str, Any], num_tensors: int
     except Exception as error:  # whatever transformers raises for a field of a wrong type
         raise PackedFileError(
             f"{where}: model_type {config.get('model_type')!r} with these fields is not one that this transformers "
-            f"knows ({error}); for a model of your own, pass bitbell.load(directory, model=...)"
+            f"knows ({str(error)[:200]}); for a model of your own, pass bitbell.load(directory, model=...)"
         ) from None
 
     def build() -> nn.Module:

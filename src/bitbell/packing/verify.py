@@ -48,6 +48,7 @@ def verify(model: nn.Module, packed: nn.Module, batch: Any = None) -> Verificati
     model, and random layer inputs for others. Weight codes, steps and input codes must be equal; outputs may differ
     by 1e-6 of the largest, logits by 1e-4.
     """
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
     twin = packed.model if isinstance(packed, PackedModel) else packed
     trained, others = dict(quantized_layers(model)), dict(quantized_layers(twin))
     if not trained or trained.keys() != others.keys():

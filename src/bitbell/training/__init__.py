@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from bitbell.training.config import TrainConfig
     from bitbell.training.health import TrainingDiverged
     from bitbell.training.loop import TrainingResult, train
+    from bitbell.training.optimizer import parameter_groups
     from bitbell.training.run import load_run
 
 _HOMES = {
@@ -16,10 +17,19 @@ _HOMES = {
     "TrainingDiverged": "health",
     "TrainingResult": "loop",
     "load_run": "run",
+    "parameter_groups": "optimizer",
     "train": "loop",
 }
 
-__all__ = ["CheckpointError", "TrainConfig", "TrainingDiverged", "TrainingResult", "load_run", "train"]
+__all__ = [
+    "CheckpointError",
+    "TrainConfig",
+    "TrainingDiverged",
+    "TrainingResult",
+    "load_run",
+    "parameter_groups",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

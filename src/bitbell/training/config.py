@@ -61,7 +61,8 @@ class TrainConfig:
     recipe: str = "bbq-w2a2"
     """What to quantize with, such as bbq-w2a2, quest-w4a4, lsq-w1a1; "none" trains in full precision."""
     rules: dict[str, str] = field(default_factory=dict)
-    """Ordered layer name patterns, each with a recipe or "none"; replaces --recipe."""
+    """Ordered layer name patterns, each with a recipe or "none"; replaces --recipe. On the command line:
+    --rules '*.mlp.*' bbq-w2a2 '*' bbq-w4a4"""
     share_inputs: bool = True
     """Let q/k/v and gate/up projections share one activation quantizer."""
 
@@ -199,4 +200,5 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} is no valid {'JSON' if path.suffix == '.json' else 'TOML'}: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold fields with values, got a {type(values).__name__}")
-    return check_fields({name: value for name, value in values.items() if name not in RECORDED}, str(path))
+    fields = {name.replace("-", "_"): value for name, value in values.items() if name not in RECORDED}
+    return check_fields(fields, str(path))

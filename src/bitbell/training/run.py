@@ -47,7 +47,7 @@ def open_run(config: TrainConfig, dataset: TokenDataset, computed_in: str) -> Pa
         if differ:
             listed = "; ".join(f"{name} was {mine!r}, is {theirs!r}" for name, (mine, theirs) in differ.items())
             raise ValueError(
-                f"{run} holds a run of another configuration ({listed}). Choose another --out or delete it"
+                f"{run} holds a run of another configuration ({listed}). Drop what changed, or choose another --out"
             )
         return run
     if run.exists() and (not run.is_dir() or any(path.suffix not in (".partial", ".lock") for path in run.iterdir())):
@@ -59,7 +59,10 @@ def open_run(config: TrainConfig, dataset: TokenDataset, computed_in: str) -> Pa
                 (run / name).with_suffix(".partial").write_bytes((Path(config.data) / name).read_bytes())
                 os.replace((run / name).with_suffix(".partial"), run / name)
         extra = {"versions": versions(), "data_fingerprint": fingerprint, "vocab_size": dataset.vocab_size}
-        write_json(run / "config.json", config.to_dict() | extra | {"computed_in": computed_in})
+        write_json(
+            run / "config.json",
+            config.to_dict() | {"data": str(Path(config.data).resolve())} | extra | {"computed_in": computed_in},
+        )
     except OSError as error:
         raise _cannot_write(run, error) from error
     return run
