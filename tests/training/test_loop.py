@@ -210,7 +210,7 @@ def test_a_run_of_another_configuration_is_refused_field_by_field(make_config: M
 
 
 def test_the_order_of_rules_counts(make_config: Make) -> None:
-    rules = {"*.mlp.*": "bbq-w2a2", "*": "bbq-w4a4"}
+    rules = {"*.0.*": "bbq-w2a2", "*.mlp.*": "bbq-w4a4"}
     train(make_config(steps=20, stop_after=1, rules=rules))
     with pytest.raises(ValueError, match="rules was"):
         train(make_config(steps=20, rules=dict(reversed(rules.items()))))
