@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -103,17 +102,22 @@ def measure_peak(arguments: list[str], name: str, recipe: str) -> int:
 def print_peak(name: str, recipe: str, tokens: Tensor, precision: torch.dtype) -> None:
     """What `measure_peak` runs in the other process."""
     model = build_model(name, vocab_size=1024).to(tokens.device)
+    before = peak_resident_bytes()
     if recipe != "none":
         quantize(model, recipe)
         calibrate(model, tokens[:, :-1])
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     for _ in range(2):
         loss_of(model, model, tokens, precision).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(torch.cuda.max_memory_allocated() if tokens.is_cuda else after - before)
+    print(torch.cuda.max_memory_allocated() if tokens.is_cuda else peak_resident_bytes() - before)
+
+
+def peak_resident_bytes() -> int:
+    """This process's own peak; the one that `resource` tells is inherited from the parent."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:"))
 
 
 def main() -> None:
