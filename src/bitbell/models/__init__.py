@@ -1,5 +1,5 @@
 """Presets of well-kept libraries' architectures; no model code of our own."""
 
-from bitbell.models.presets import PRESETS, Preset, build_model, find_preset, llama_config
+from bitbell.models.presets import PRESETS, Preset, build_model, find_preset, preset_config
 
-__all__ = ["PRESETS", "Preset", "build_model", "find_preset", "llama_config"]
+__all__ = ["PRESETS", "Preset", "build_model", "find_preset", "preset_config"]

@@ -1,23 +1,31 @@
 """Named model sizes as `transformers` configurations; bitbell has no model code of its own.
 
-The sizes are those of the BBQ and QuEST papers (non-embedding parameters; head dimension 128, untied head, no biases)
-and a `tiny` one that trains in minutes on two CPU cores.
+The sizes are those of the BBQ and QuEST papers (non-embedding parameters; head dimension 128, untied head) and a
+`tiny` one that trains in minutes on two CPU cores. `gpt-` presets are the papers' GPT (LayerNorm, learned positions, a
+GELU MLP of 4 widths) in the depths, widths and training settings of the LLaMA sizes. The papers' models have no biases;
+GPT-2 of `transformers` has them, starting at zero, in its linear layers and norms.
 """
 
 from __future__ import annotations
 
 import difflib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
 
+# Architecture -> its model class in `transformers`.
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "gpt": "GPT2LMHeadModel"}
+
 
 @dataclass(frozen=True)
 class Preset:
-    """A LLaMA size. learning_rate and tokens are the published training settings (peak rate; budget)."""
+    """A model size. learning_rate and tokens are the published training settings (peak rate; budget).
+
+    Raises ValueError for an architecture other than "llama" and "gpt".
+    """
 
     layers: int
     width: int
@@ -26,6 +34,11 @@ class Preset:
     learning_rate: float
     tokens: float
     vocabulary: int = 32_000
+    architecture: str = "llama"
+
+    def __post_init__(self) -> None:
+        if self.architecture not in ARCHITECTURES:
+            raise ValueError(f"architecture must be one of {', '.join(ARCHITECTURES)}, got {self.architecture!r}")
 
 
 PRESETS: dict[str, Preset] = {
@@ -34,6 +47,10 @@ PRESETS: dict[str, Preset] = {
     "50m": Preset(layers=7, width=768, heads=6, feed_forward=2048, learning_rate=1.2e-3, tokens=5e9),
     "100m": Preset(layers=8, width=1024, heads=8, feed_forward=2816, learning_rate=6e-4, tokens=1e10),
     "200m": Preset(layers=10, width=1280, heads=10, feed_forward=3584, learning_rate=3e-4, tokens=2e10),
+}
+PRESETS |= {
+    f"gpt-{name}": replace(preset, architecture="gpt", feed_forward=4 * preset.width)
+    for name, preset in PRESETS.items()
 }
 
 
@@ -46,13 +63,25 @@ def find_preset(name: str) -> Preset:
     return PRESETS[name]
 
 
-def llama_config(name: str, *, vocab_size: int | None = None, sequence_length: int = 512) -> Any:
-    """The `transformers.LlamaConfig` of a preset; `vocab_size` defaults to the preset's own."""
+def preset_config(name: str, *, vocab_size: int | None = None, sequence_length: int = 512) -> Any:
+    """The `transformers.LlamaConfig` or `GPT2Config` of a preset; `vocab_size` defaults to the preset's own."""
+    preset = find_preset(name)
+    common: dict[str, Any] = {
+        "vocab_size": vocab_size or preset.vocabulary,
+        "tie_word_embeddings": False,
+        "initializer_range": 0.02,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+    return (_gpt_config if preset.architecture == "gpt" else _llama_config)(preset, sequence_length, common)
+
+
+def _llama_config(preset: Preset, sequence_length: int, common: dict[str, Any]) -> Any:
     from transformers import LlamaConfig
 
-    preset = find_preset(name)
     return LlamaConfig(
-        vocab_size=vocab_size or preset.vocabulary,
+        **common,
         hidden_size=preset.width,
         intermediate_size=preset.feed_forward,
         num_hidden_layers=preset.layers,
@@ -60,11 +89,23 @@ def llama_config(name: str, *, vocab_size: int | None = None, sequence_length: i
         num_key_value_heads=preset.heads,
         max_position_embeddings=max(sequence_length, 512),
         rms_norm_eps=1e-5,
-        tie_word_embeddings=False,
-        initializer_range=0.02,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
+    )
+
+
+def _gpt_config(preset: Preset, sequence_length: int, common: dict[str, Any]) -> Any:
+    from transformers import GPT2Config
+
+    return GPT2Config(
+        **common,
+        n_embd=preset.width,
+        n_inner=preset.feed_forward,
+        n_layer=preset.layers,
+        n_head=preset.heads,
+        n_positions=sequence_length,  # a learned position that no training step reaches would stay noise
+        activation_function="gelu",
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
     )
 
 
@@ -72,18 +113,19 @@ def build_model(name: str, *, vocab_size: int | None = None, sequence_length: in
     """A randomly initialised causal language model of a preset: N(0, 0.02), outputs of a block N(0, 0.02 / sqrt(2
     layers)).
 
-    The same seed gives the same weights. Source: BBQ's published training code.
+    A GPT has exactly `sequence_length` positions. The same seed gives the same weights. Source: BBQ's published
+    training code.
     """
     import torch
-    from transformers import LlamaForCausalLM
+    import transformers
 
-    config = llama_config(name, vocab_size=vocab_size, sequence_length=sequence_length)
+    config = preset_config(name, vocab_size=vocab_size, sequence_length=sequence_length)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: nn.Module = LlamaForCausalLM(config)
+        model: nn.Module = getattr(transformers, ARCHITECTURES[find_preset(name).architecture])(config)
         deep = 0.02 / math.sqrt(2 * config.num_hidden_layers)
         with torch.no_grad():
             for parameter_name, parameter in model.named_parameters():
-                if parameter_name.endswith(("o_proj.weight", "down_proj.weight")):
+                if parameter_name.endswith(("o_proj.weight", "down_proj.weight", "c_proj.weight")):
                     parameter.normal_(0.0, deep)
     return model
