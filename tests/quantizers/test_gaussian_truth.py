@@ -33,7 +33,7 @@ class Case:
         if self.method == "bbq":
             return BBQ(self.bits, rows=rows, zero_point=self.zero_point, rotation=rotation)
         if self.method == "quest":
-            return QuEST(self.bits, rows=rows, rms="token" if rows else "tensor", rotation=rotation)
+            return QuEST(self.bits, rows=rows, rms=None if rows else "tensor", rotation=rotation)
         return LSQ(self.bits, rotation=rotation)
 
     def thresholds(self) -> list[float]:

@@ -13,6 +13,7 @@ from bitbell.kernels.operators import (
     pack_codes,
     packed_words,
     rotate,
+    rotate_gradient,
     rotation_block,
     unpack_codes,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "pack_codes",
     "packed_words",
     "rotate",
+    "rotate_gradient",
     "rotation_block",
     "unpack_codes",
 ]

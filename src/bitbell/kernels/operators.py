@@ -82,6 +82,20 @@ def rotate(x: Tensor, block: int | None) -> Tensor:
         return (x.reshape(-1, block) @ matrix).reshape(x.shape)
 
 
+def rotate_gradient(g: Tensor, block: int | None, dtype: torch.dtype) -> Tensor:
+    """`rotate` for a gradient that ends up as `dtype` anyway: a narrow float type multiplies in that type.
+
+    The matrix's entries are powers of two there, exact in any type; what is missing of 1/sqrt(block) comes after.
+    """
+    if block is None or block == 1 or dtype not in (torch.bfloat16, torch.float16):
+        return rotate(g, block).to(dtype)
+    power = 2.0 ** -((block.bit_length() - 1) // 2)
+    matrix = (hadamard(block, device=g.device) * (block**0.5 * power)).to(dtype)
+    with no_autocast(g.device):
+        rotated = (g.to(dtype).reshape(-1, block) @ matrix).reshape(g.shape)
+    return rotated if power == block**-0.5 else rotated * (block**-0.5 / power)
+
+
 def no_autocast(device: torch.device) -> AbstractContextManager[None]:
     """Switch autocast off on `device`; the meta device, which only carries shapes, has none."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)

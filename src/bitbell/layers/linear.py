@@ -1,15 +1,18 @@
-"""QuantLinear: `nn.Linear` with a weight quantizer and an activation quantizer, and nothing else new."""
+"""QuantLinear: `nn.Linear` with a weight quantizer and an activation quantizer, and nothing else new.
+
+What a layer of another kind (QuantConv1D) shares with it is TrainedLayer.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitbell.kernels import rotate
-from bitbell.layers.product import integer_linear, product_dtype
+from bitbell.layers.product import grid_of, integer_linear, product_dtype
 from bitbell.layers.recipes import Recipe
 from bitbell.quantizers import Quantized, Quantizer
 
@@ -76,12 +79,56 @@ class QuantizedLayer:
         raise TypeError(f"{type(self).__name__} has no weight codes")
 
 
-class QuantLinear(nn.Linear, QuantizedLayer):
-    """A linear layer that multiplies codes: y = quantize(x) . quantize(weight)^T + bias.
+class TrainedLayer(QuantizedLayer, nn.Module):
+    """A linear layer that multiplies codes: y = quantize(x) . quantize(matrix)^T + bias.
 
-    `weight` (out_features, in_features) and `bias` are those of `nn.Linear`, in the unrotated domain. Needs
-    `bitbell.calibrate` before its first forward pass. Raises ValueError where the width cannot be rotated.
+    A subclass is also a subclass of the layer that it replaces, whose `weight` and `bias` it keeps, in the unrotated
+    domain. Needs `bitbell.calibrate` before its first forward pass.
     """
+
+    in_features: int
+    out_features: int
+    weight: Tensor
+    bias: Any
+    weight_quantizer: Quantizer
+
+    @property
+    def matrix(self) -> Tensor:
+        """The weight as (out_features, in_features), whichever way round the layer stores it."""
+        return self.weight
+
+    def _add_quantizers(self, recipe: Recipe | str) -> None:
+        self.recipe = Recipe.parse(recipe) if isinstance(recipe, str) else recipe
+        rows, width = self.out_features, self.in_features
+        with torch.device(self.weight.device):
+            self.weight_quantizer, self.activation_quantizer = self.recipe.quantizers_for(rows, width)
+
+    def _take_over(self, linear: Any) -> Self:
+        """This layer with the very parameters of `linear`, in its mode and on its device."""
+        self.weight, self.bias = linear.weight, linear.bias
+        self._add_quantizers(self.recipe)
+        return self.train(linear.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.weight_quantizer.quantize(self.matrix)
+        dtype = product_dtype(x)
+        if self.activation_quantizer is None:
+            y = F.linear(rotate(x, self.weight_quantizer.rotation), w.values.to(x.dtype))
+        else:
+            a = self.quantize_input(x)
+            y = integer_linear(a, w, grid_of(self.activation_quantizer), grid_of(self.weight_quantizer), dtype)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def weight_codes(self) -> Tensor:
+        return self.weight_quantizer.encode(self.matrix)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, recipe={self.recipe.name}"
+
+
+class QuantLinear(TrainedLayer, nn.Linear):
+    """`nn.Linear` in codes: `weight` (out_features, in_features) and `bias`. Raises ValueError where the width cannot
+    be rotated."""
 
     def __init__(
         self,
@@ -93,39 +140,10 @@ class QuantLinear(nn.Linear, QuantizedLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-        self.recipe = Recipe.parse(recipe) if isinstance(recipe, str) else recipe
-        with torch.device(self.weight.device):
-            self.weight_quantizer, self.activation_quantizer = self.recipe.quantizers_for(out_features, in_features)
+        self._add_quantizers(recipe)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, recipe: Recipe | str) -> QuantLinear:
         """The quantized layer around the very parameters of `linear`."""
-        layer = cls(
-            linear.in_features,
-            linear.out_features,
-            recipe,
-            linear.bias is not None,
-            device="meta",
-            dtype=linear.weight.dtype,
-        )
-        layer.weight, layer.bias = linear.weight, linear.bias
-        rows, width = linear.out_features, linear.in_features
-        with torch.device(linear.weight.device):
-            layer.weight_quantizer, layer.activation_quantizer = layer.recipe.quantizers_for(rows, width)
-        return layer.train(linear.training)
-
-    def forward(self, x: Tensor) -> Tensor:
-        w = self.weight_quantizer.quantize(self.weight)
-        dtype = product_dtype(x)
-        if self.activation_quantizer is None:
-            y = F.linear(rotate(x, self.weight_quantizer.rotation), w.values.to(x.dtype))
-        else:
-            a = self.quantize_input(x)
-            y = integer_linear(a, w, self.activation_quantizer.zero_point, self.weight_quantizer.zero_point, dtype)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
-
-    def weight_codes(self) -> Tensor:
-        return self.weight_quantizer.encode(self.weight)
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, recipe={self.recipe.name}"
+        shape, bias = (linear.in_features, linear.out_features), linear.bias is not None
+        return cls(*shape, recipe, bias, device="meta", dtype=linear.weight.dtype)._take_over(linear)

@@ -1,10 +1,12 @@
 """The integer product of training: the same integers, and the same last steps, as the packed model's.
 
-    y = (levels_x . levels_w^T) * step_w * step_x
+    y = (levels_x . levels_w^T) * step_w * step_x          and where a method adds an offset to its values
+      + offset_x * (sum of levels_w) * step_w + (sum of levels_x) * step_x * offset_w + K offset_x offset_w
 
 Levels are small integers or half-integers, so float32 multiplies and sums them exactly, and only the two steps round.
 Under bfloat16 autocast the operands are exact too, but the sum is rounded to bfloat16 before the steps. For the
-backward pass it keeps codes (one byte an element) instead of float tensors.
+backward pass it keeps codes (one byte an element) instead of float tensors. A method whose grid is not uniform has its
+levels looked up in a table; their products are as exact as the table's numbers allow.
 """
 
 from __future__ import annotations
@@ -15,13 +17,32 @@ import torch
 from torch import Tensor
 
 from bitbell.kernels import no_autocast
-from bitbell.quantizers import Quantized
+from bitbell.quantizers import Quantized, Quantizer
+from bitbell.quantizers.base import table_like
+
+Grid = tuple[float, tuple[float, ...] | None]
 
 
-def integer_linear(x: Quantized, w: Quantized, x_zero_point: float, w_zero_point: float, dtype: torch.dtype) -> Tensor:
+def grid_of(quantizer: Quantizer) -> Grid:
+    """What turns a quantizer's codes into levels: its zero point, and its table if the grid is not uniform."""
+    return quantizer.zero_point, quantizer.table
+
+
+def levels_of(codes: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
+    """Levels of centred int8 codes, a tensor of its own in `dtype`."""
+    zero_point, table = grid
+    if table is not None:
+        return table_like(table, torch.empty(0, dtype=dtype, device=codes.device))[codes.int() + len(table) // 2]
+    levels = codes.to(dtype)
+    return levels.sub_(zero_point) if zero_point else levels
+
+
+def integer_linear(x: Quantized, w: Quantized, x_grid: Grid, w_grid: Grid, dtype: torch.dtype) -> Tensor:
     """Multiply quantized `x` (..., I) by quantized `w` (O, I) transposed: (..., O) in `dtype`, differentiable in both
     values."""
-    return _IntegerLinear.apply(x.values, w.values, x.codes, w.codes, x.step, w.step, x_zero_point, w_zero_point, dtype)
+    return _IntegerLinear.apply(
+        x.values, w.values, x.codes, w.codes, x.step, w.step, x.offset, w.offset, x_grid, w_grid, dtype
+    )
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -30,6 +51,21 @@ def product_dtype(x: Tensor) -> torch.dtype:
     if kind == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
         return x.dtype
     return torch.get_autocast_dtype(kind)
+
+
+def add_offsets(
+    y: Tensor, x_sums: Tensor, w_sums: Tensor, x: tuple[Tensor, Tensor | None], w: tuple[Tensor, Tensor | None], k: int
+) -> Tensor:
+    """`y` (..., O) plus what the operands' offsets contribute. x, w: step and offset; x_sums (..., 1), w_sums (O,):
+    sums of levels over the `k` inputs."""
+    (x_step, x_offset), (w_step, w_offset) = x, w
+    if x_offset is not None:
+        y = y + x_offset * (w_sums * w_step.reshape(-1))
+    if w_offset is not None:
+        y = y + x_sums * x_step * w_offset.reshape(-1)
+    if x_offset is not None and w_offset is not None:
+        y = y + k * x_offset * w_offset.reshape(-1)
+    return y
 
 
 class _IntegerLinear(torch.autograd.Function):
@@ -44,33 +80,39 @@ class _IntegerLinear(torch.autograd.Function):
         w_codes: Tensor,
         x_step: Tensor,
         w_step: Tensor,
-        x_zero_point: float,
-        w_zero_point: float,
+        x_offset: Tensor | None,
+        w_offset: Tensor | None,
+        x_grid: Grid,
+        w_grid: Grid,
         dtype: torch.dtype,
     ) -> Tensor:
-        ctx.save_for_backward(x_codes, w_codes, x_step, w_step)
-        ctx.x_zero_point, ctx.w_zero_point, ctx.dtype = x_zero_point, w_zero_point, dtype
+        ctx.save_for_backward(x_codes, w_codes, x_step, w_step, x_offset, w_offset)
+        ctx.x_grid, ctx.w_grid, ctx.dtype = x_grid, w_grid, dtype
         ctx.x_dtype, ctx.w_dtype = x_values.dtype, w_values.dtype
         with no_autocast(x_codes.device):
             # float16 ends at 65504, which sums of levels pass.
             sums = torch.float32 if dtype == torch.float16 else dtype
-            total = _levels(x_codes, x_zero_point, sums) @ _levels(w_codes, w_zero_point, sums).T
-        return (total * w_step.reshape(-1) * x_step).to(dtype)
+            x_levels, w_levels = levels_of(x_codes, x_grid, sums), levels_of(w_codes, w_grid, sums)
+            y = (x_levels @ w_levels.T) * w_step.reshape(-1) * x_step
+            if x_offset is not None or w_offset is not None:
+                wide = torch.promote_types(x_step.dtype, torch.float32)
+                x_sums, w_sums = x_levels.sum(-1, keepdim=True, dtype=wide), w_levels.sum(-1, dtype=wide)
+                y = add_offsets(y, x_sums, w_sums, (x_step, x_offset), (w_step, w_offset), x_codes.shape[-1])
+        return y.to(dtype)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x_codes, w_codes, x_step, w_step = ctx.saved_tensors
+        x_codes, w_codes, x_step, w_step, x_offset, w_offset = ctx.saved_tensors
         g = g.to(ctx.dtype)
         grad_x = grad_w = None
         if ctx.needs_input_grad[0]:
-            w = _levels(w_codes, ctx.w_zero_point, ctx.dtype).mul_(w_step.to(ctx.dtype))
-            grad_x = (g @ w).to(ctx.x_dtype)
+            grad_x = (g @ _values(w_codes, ctx.w_grid, w_step, w_offset, ctx.dtype)).to(ctx.x_dtype)
         if ctx.needs_input_grad[1]:
-            x = _levels(x_codes, ctx.x_zero_point, ctx.dtype).mul_(x_step.to(ctx.dtype))
+            x = _values(x_codes, ctx.x_grid, x_step, x_offset, ctx.dtype)
             grad_w = (g.reshape(-1, g.shape[-1]).T @ x.reshape(-1, x.shape[-1])).to(ctx.w_dtype)
-        return grad_x, grad_w, *[None] * 7
+        return grad_x, grad_w, *[None] * 9
 
 
-def _levels(codes: Tensor, zero_point: float, dtype: torch.dtype) -> Tensor:
-    levels = codes.to(dtype)
-    return levels.sub_(zero_point) if zero_point else levels
+def _values(codes: Tensor, grid: Grid, step: Tensor, offset: Tensor | None, dtype: torch.dtype) -> Tensor:
+    values = levels_of(codes, grid, dtype).mul_(step.to(dtype))
+    return values if offset is None else values.add_(offset.to(dtype))

@@ -3,7 +3,9 @@
 >>> from bitbell.layers.recipes import Recipe
 >>> Recipe.parse("bbq-w2a2")
 Recipe(method='bbq', weights=2, activations=2)
->>> Recipe.parse("quest-tuned-w1a16").name
+>>> Recipe.parse("bbq-w2a2:zero_point=-0.25,a.granularity=token").activation_options
+{'zero_point': -0.25, 'granularity': 'token'}
+>>> Recipe("quest", 1, weight_options={"mask_scale": 1.3}).name
 'quest-tuned-w1a16'
 """
 
@@ -17,17 +19,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bitbell.kernels import ROTATION_BLOCK, rotation_block
-from bitbell.quantizers import METHODS, Quantizer, find_method, make_quantizer
+from bitbell.quantizers import METHODS, Quantizer, find_method, known_options, make_quantizer
+from bitbell.quantizers.base import check_bits
 from bitbell.quantizers.quest import TUNED_ONE_BIT_MASK
 
-# Named variants of a method: options of weights, options of activations.
+# Named variants of a method: method, options of weights, options of activations. A method's own name is one already.
 VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "bbq": ("bbq", {}, {}),
-    "bbq-tensor": ("bbq", {}, {"rms": "tensor"}),
-    "bbq-token": ("bbq", {}, {"rms": "token"}),
-    "quest": ("quest", {}, {}),
+    **{method: (method, {}, {}) for method, kind in METHODS.items() if kind.for_weights},
+    "bbq-tensor": ("bbq", {}, {"granularity": "tensor"}),
+    "bbq-token": ("bbq", {}, {"granularity": "token"}),
     "quest-tuned": ("quest", {"mask_scale": TUNED_ONE_BIT_MASK}, {"mask_scale": TUNED_ONE_BIT_MASK}),
-    "lsq": ("lsq", {}, {}),
 }
 
 
@@ -35,10 +36,12 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 class Recipe:
     """Method, bits and options of a layer's quantizers.
 
-    method: "bbq", "quest" or "lsq". weights: 1 to 8 bits. activations: 1 to 8 bits, or None to leave them alone.
-    rotation: "auto" (128, or the largest power of two that divides the width; none for LSQ), a block, or None.
-    weight_options, activation_options: further arguments of the method's quantizer, such as {"rms": "token"}.
-    Raises ValueError for an unknown method, option or bit width.
+    method: a name of `bitbell.quantizers.METHODS`. weights: bits of the weight. activations: bits, or None to leave
+    them alone. rotation: "auto" (128, or the largest power of two that divides the width; none for methods without
+    rotation), a block, or None. weight_options, activation_options: further arguments of the method's quantizer, and
+    for every method "granularity": "row" or "tensor" for weights; "token", "tensor" or "running" for activations,
+    where the method has them. activation_method: of the activations, by default the method's own choice.
+    Raises ValueError for an unknown method or option, or for a width that the method does not have.
     """
 
     method: str
@@ -47,29 +50,44 @@ class Recipe:
     rotation: int | str | None = "auto"
     weight_options: Mapping[str, Any] = field(default_factory=dict)
     activation_options: Mapping[str, Any] = field(default_factory=dict)
+    activation_method: str | None = None
 
     def __post_init__(self) -> None:
-        find_method(self.method)
-        for argument in ("weights", "activations"):
-            bits = getattr(self, argument)
-            if bits is None and argument == "activations":
-                continue
-            if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
-                raise ValueError(f"{argument} must be an integer from 1 to 8 bits, got {argument}={bits!r}")
+        own = find_method(self.method).activation_method or self.method
+        if self.activation_method == own or self.activations is None:
+            object.__setattr__(self, "activation_method", None)
+        self._name_granularity()
+        if not METHODS[self.method].for_weights:
+            raise ValueError(f"method {self.method!r} quantizes activations only; give it as activation_method")
+        check_bits("weights", METHODS[self.method], self.weights)
+        if self.activations is not None:
+            check_bits("activations", self._activations, self.activations)
         if self.rotation is not None and self.rotation != "auto" and not _is_power_of_two(self.rotation):
             raise ValueError(f"rotation must be 'auto', a power of two or None, got {self.rotation!r}")
         for argument in ("weight_options", "activation_options"):
-            for option in ("bits", "rotation"):  # the two operands of a product must be rotated alike
+            for option in ("bits", "rotation", "rows"):  # the two operands of a product must be rotated alike
                 if option in getattr(self, argument):
                     raise ValueError(f"{argument} may not hold {option!r}: it is a field of the recipe itself")
         # Building the quantizers once checks the options here, where the user wrote them.
         self._weight_quantizer(rows=1, rotation=None)
         self._activation_quantizer(rotation=None)
 
+    def _name_granularity(self) -> None:
+        """Call the group that shares a statistic "granularity", whatever the method's own word for it is."""
+        for argument, kind in (("weight_options", METHODS[self.method]), ("activation_options", self._activations)):
+            given = getattr(self, argument)
+            named = {"granularity" if key == kind.granularity_option else key: value for key, value in given.items()}
+            object.__setattr__(self, argument, named)
+
     @classmethod
     def parse(cls, name: str) -> Recipe:
-        """The recipe that a name like "bbq-w2a2" stands for; a16 leaves activations alone. Raises ValueError."""
-        found = re.fullmatch(r"([a-z0-9-]+?)-w(\d+)a(\d+)", name)
+        """The recipe of a name: variant-w<bits>a<bits>, where a16 leaves activations alone, then perhaps a colon and
+        options, separated by commas: "bbq-w2a2:rotation=none,estimator=clip,a.granularity=token".
+
+        An option holds for both operands that know it; w. or a. before it says which one. Raises ValueError.
+        """
+        plain, _, options = name.partition(":")
+        found = re.fullmatch(r"([a-z0-9-]+?)-w(\d+)a(\d+)", plain)
         if not found:
             raise ValueError(
                 f"a recipe is named like 'bbq-w2a2' or 'quest-w4a16' (variant-w<bits>a<bits>), got {name!r}"
@@ -82,18 +100,73 @@ class Recipe:
         method, weight_options, activation_options = VARIANTS[variant]
         # Weight-only recipes keep no options for activations that are left alone.
         bits = None if activations == 16 else activations
-        return cls(
+        recipe = cls(
             method, weights, bits, weight_options=weight_options, activation_options=activation_options if bits else {}
         )
+        return recipe._with_options(options, name) if options else recipe
+
+    def _with_options(self, options: str, name: str) -> Recipe:
+        fields: dict[str, Any] = {}
+        own = {"w": dict(self.weight_options), "a": dict(self.activation_options)}
+        known = {"w": _known(METHODS[self.method]), "a": _known(self._activations) if self.activations else []}
+        for option in options.split(","):
+            key, equals, text = option.partition("=")
+            side, dot, bare = key.partition(".")
+            if not equals or (dot and side not in own):
+                raise ValueError(
+                    f"recipe {name!r}: an option is written key=value, w.key=value or a.key=value, got {option!r}"
+                )
+            sides = [side] if dot else [s for s in own if key in known[s]]
+            if key in ("rotation", "activation_method"):
+                fields[key] = _value(text)
+                continue
+            if not sides or (dot and bare not in known[side]):
+                there_is = sorted({*known["w"], *known["a"], "rotation"} if not dot else known[side])
+                close = difflib.get_close_matches(bare if dot else key, there_is, n=1)
+                hint = f" Did you mean {close[0]!r}?" if close else ""
+                raise ValueError(f"recipe {name!r} has no option {key!r}; there are {', '.join(there_is)}.{hint}")
+            for s in sides:
+                own[s][bare if dot else key] = _value(text)
+        return dataclasses.replace(self, weight_options=own["w"], activation_options=own["a"], **fields)
 
     @property
     def name(self) -> str:
-        """The short name, or method-wNaN followed by + where options differ from every named variant."""
-        bits = f"w{self.weights}a{self.activations or 16}"
-        for variant in VARIANTS:
-            if Recipe.parse(f"{variant}-{bits}") == self:
-                return f"{variant}-{bits}"
-        return f"{self.method}-{bits}+"
+        """The name that `parse` reads: the nearest variant, the bits, and the options in which it differs."""
+        return self._named(f"-w{self.weights}a{self.activations or 16}")
+
+    @property
+    def variant(self) -> str:
+        """The name without the bits: what a comparison over bit widths calls a method."""
+        return self._named("")
+
+    def _named(self, bits: str) -> str:
+        found = []
+        for variant, (method, weight_options, activation_options) in VARIANTS.items():
+            mine, base = (self.weight_options, self.activation_options), (weight_options, activation_options)
+            if self.activations is None:
+                base = weight_options, {}
+            if method == self.method and all(m.items() >= b.items() for m, b in zip(mine, base, strict=True)):
+                w, a = ({k: m[k] for k in m if k not in b} for m, b in zip(mine, base, strict=True))
+                found.append((len(w) + len(a), variant, self._differences(w, a)))
+        _, variant, options = min(found)
+        return f"{variant}{bits}" + (f":{','.join(options)}" if options else "")
+
+    def _differences(self, w: Mapping[str, Any], a: Mapping[str, Any]) -> list[str]:
+        both = {key: value for key, value in w.items() if self.activations is None or (key in a and a[key] == value)}
+        options = [] if self.rotation == "auto" else [f"rotation={_text(self.rotation)}"]
+        if self.activation_method is not None:
+            options.append(f"activation_method={self.activation_method}")
+        options += [f"{key}={_text(value)}" for key, value in both.items()]
+        options += [f"w.{key}={_text(value)}" for key, value in w.items() if key not in both]
+        return options + [f"a.{key}={_text(value)}" for key, value in a.items() if key not in both]
+
+    @property
+    def _method_of_activations(self) -> str:
+        return self.activation_method or METHODS[self.method].activation_method or self.method
+
+    @property
+    def _activations(self) -> type[Quantizer]:
+        return find_method(self._method_of_activations)
 
     def rotation_for(self, width: int) -> int | None:
         """The rotation block for a layer of input width `width`. Raises ValueError where it cannot be rotated."""
@@ -112,15 +185,26 @@ class Recipe:
         return self._weight_quantizer(rows, rotation), self._activation_quantizer(rotation)
 
     def _weight_quantizer(self, rows: int, rotation: int | None) -> Quantizer:
-        shared = METHODS[self.method].weights_share_scale
-        options = {"rows": None if shared else rows, "rotation": rotation, **self.weight_options}
-        return make_quantizer(self.method, bits=self.weights, **options)
+        kind, options = METHODS[self.method], dict(self.weight_options)
+        granularity = options.pop("granularity", "tensor" if kind.weights_share_scale else "row")
+        if granularity not in ("row", "tensor"):
+            raise ValueError(f"granularity of weights must be 'row' or 'tensor', got {granularity!r}")
+        if granularity == "tensor" and kind.granularity_option in known_options(kind):
+            options[kind.granularity_option] = "tensor"
+        return make_quantizer(
+            self.method, bits=self.weights, rows=rows if granularity == "row" else None, rotation=rotation, **options
+        )
 
     def _activation_quantizer(self, rotation: int | None) -> Quantizer | None:
         if self.activations is None:
             return None
-        options = {**METHODS[self.method].layer_activation_options, "rotation": rotation, **self.activation_options}
-        return make_quantizer(self.method, bits=self.activations, **options)
+        kind = self._activations
+        options = {**kind.layer_activation_options, "rotation": rotation, **self.activation_options}
+        granularity = options.pop("granularity", None)
+        # A learned scale is one for the tensor; there is nothing to choose.
+        if granularity is not None and (granularity != "tensor" or kind.granularity_option in known_options(kind)):
+            options[kind.granularity_option] = granularity
+        return make_quantizer(self._method_of_activations, bits=self.activations, **options)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON of every field; `Recipe(**that)` is the recipe again."""
@@ -130,13 +214,39 @@ class Recipe:
         }
 
     def __hash__(self) -> int:
-        return hash((self.method, self.weights, self.activations, self.rotation))
+        return hash((self.method, self.weights, self.activations, self.rotation, self.activation_method))
 
     def __repr__(self) -> str:
         changed = {
-            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) not in ("auto", {})
+            f.name: getattr(self, f.name)
+            for f in dataclasses.fields(self)
+            if getattr(self, f.name) not in ("auto", {})
+            and (f.name, getattr(self, f.name)) != ("activation_method", None)
         }
         return f"Recipe({', '.join(f'{name}={value!r}' for name, value in changed.items())})"
+
+
+def _known(kind: type[Quantizer]) -> list[str]:
+    """Options of a method that a recipe may give."""
+    own = [name for name in known_options(kind) if name not in ("bits", "rows", "rotation", kind.granularity_option)]
+    return [*own, "granularity"]
+
+
+def _value(text: str) -> Any:
+    """none, true, false, a number, or else the text itself."""
+    words = {"none": None, "true": True, "false": False}
+    if text.lower() in words:
+        return words[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 def _is_power_of_two(value: object) -> bool:

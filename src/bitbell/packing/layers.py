@@ -3,7 +3,8 @@
     levels_x . levels_w^T = codes_x . codes_w^T - z_w sum(codes_x) - z_x sum(codes_w) + K z_x z_w
 
 The product of codes is int8 times int8 with an int32 sum, whatever the zero points (half-integers too): they are
-folded out by the sums of codes. Then come the same two steps, in the same order, as in training.
+folded out by the sums of codes. Then come the same two steps, in the same order, as in training. Where a method's grid
+is not uniform (NormalFloat), levels are looked up and multiplied in float32: small, but not fast.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from bitbell.kernels import integer_product, pack_codes, packed_words, rotate, unpack_codes
 from bitbell.layers import QuantizedLayer, QuantLinear, Recipe
+from bitbell.layers.product import add_offsets, grid_of, levels_of
 from bitbell.quantizers import Quantized, Quantizer
 
 EXACT_IN_FLOAT32 = 2**24
@@ -25,12 +27,13 @@ class PackedLinear(nn.Module, QuantizedLayer):
     """A linear layer of packed codes; for inference only.
 
     weight_packed: int32 (O, packed_words(I, bits)), see `bitbell.kernels.pack_codes`. weight_scale: float32 (O, 1),
-    the value of one level. weight_shape: int64 (O, I). bias: float32 (O,) or None. activation_quantizer: None leaves
-    inputs alone.
+    the value of one level. weight_offset: float32 (O, 1), added to every value, or None. weight_shape: int64 (O, I).
+    bias: float32 (O,) or None. activation_quantizer: None leaves inputs alone.
     """
 
     weight_packed: Tensor
     weight_scale: Tensor
+    weight_offset: Tensor | None
     weight_shape: Tensor
     bias: Tensor | None
 
@@ -42,9 +45,12 @@ class PackedLinear(nn.Module, QuantizedLayer):
             words = packed_words(in_features, recipe.weights)
             self.register_buffer("weight_packed", torch.zeros(out_features, words, dtype=torch.int32))
             self.register_buffer("weight_scale", torch.zeros(out_features, 1))
+            has_offset = weight_quantizer.offset is not None
+            self.register_buffer("weight_offset", torch.zeros(out_features, 1) if has_offset else None)
             self.register_buffer("weight_shape", torch.tensor([out_features, in_features]))
             self.register_buffer("bias", torch.zeros(out_features) if bias else None)
         self.rotation, self.weight_zero_point = weight_quantizer.rotation, weight_quantizer.zero_point
+        self.weight_grid = grid_of(weight_quantizer)
         self._unpacked: tuple[Tensor, Tensor] | None = None
         self.requires_grad_(False)
 
@@ -60,13 +66,17 @@ class PackedLinear(nn.Module, QuantizedLayer):
         if packed.bias is not None:
             packed.bias.copy_(layer.bias)
         packed.activation_quantizer = activation_quantizer
+        if packed.weight_offset is not None:
+            assert layer.weight_quantizer.offset is not None
+            packed.weight_offset.copy_(layer.weight_quantizer.offset)
         packed.rotation, packed.weight_zero_point = layer.weight_quantizer.rotation, layer.weight_quantizer.zero_point
         return packed.requires_grad_(False).eval()
 
     def forward(self, x: Tensor) -> Tensor:
         codes, _ = self._weights()
         if self.activation_quantizer is None:
-            values = (codes.float() - self.weight_zero_point) * self.weight_scale
+            values = levels_of(codes, self.weight_grid, torch.float32) * self.weight_scale
+            values = values if self.weight_offset is None else values + self.weight_offset
             y = F.linear(rotate(x.float(), self.rotation), values)
         else:
             y = self._multiply(self.quantize_input(x), codes)
@@ -75,9 +85,19 @@ class PackedLinear(nn.Module, QuantizedLayer):
 
     def _multiply(self, a: Quantized, codes: Tensor) -> Tensor:
         assert self.activation_quantizer is not None
-        total = integer_product(a.codes.reshape(-1, self.in_features), codes)
-        y = self._fold_zero_points(total, a.codes).view(*a.codes.shape[:-1], self.out_features)
-        return y * self.weight_scale.reshape(-1) * a.step.float()
+        x_grid = grid_of(self.activation_quantizer)
+        if x_grid[1] is None and self.weight_grid[1] is None:
+            total = integer_product(a.codes.reshape(-1, self.in_features), codes)
+            y = self._fold_zero_points(total, a.codes).view(*a.codes.shape[:-1], self.out_features)
+        else:
+            y = levels_of(a.codes, x_grid, torch.float32) @ levels_of(codes, self.weight_grid, torch.float32).T
+        y = y * self.weight_scale.reshape(-1) * a.step.float()
+        if a.offset is None and self.weight_offset is None:
+            return y
+        x_sums = levels_of(a.codes, x_grid, torch.float32).sum(-1, keepdim=True)
+        w_sums = levels_of(codes, self.weight_grid, torch.float32).sum(-1)
+        x_side, w_side = (a.step.float(), a.offset), (self.weight_scale, self.weight_offset)
+        return add_offsets(y, x_sums, w_sums, x_side, w_side, self.in_features)
 
     def _fold_zero_points(self, total: Tensor, x_codes: Tensor) -> Tensor:
         """Product of codes (M, O) int32 -> product of levels, float32; exact, but for the last rounding of wide

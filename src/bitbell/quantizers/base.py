@@ -10,6 +10,8 @@ on. It knows nothing of layers, models or files. A method is one file with one s
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -21,40 +23,48 @@ from bitbell.kernels import ROTATION_BLOCK
 class Quantized(NamedTuple):
     """What `Quantizer.quantize(x)` returns.
 
-    values: level times step, the shape of x, float; differentiable.
-    codes:  centred integer codes `-2**(bits-1) .. 2**(bits-1) - 1`, the shape of x, int8. level = code - zero point.
+    values: level times step plus offset, the shape of x, float; differentiable.
+    codes:  centred integer codes `-2**(bits-1) .. 2**(bits-1) - 1`, the shape of x, int8. level = code - zero point,
+            or the quantizer's table at the code.
     step:   value of one level, float, broadcastable to x: one a row, one a token, or one in all. Not finite wherever
             its part of x holds NaN or infinity, so that integer codes cannot hide them.
+    offset: what is added to every value, float, shaped like the quantizer's scale; None for nothing.
     """
 
     values: Tensor
     codes: Tensor
     step: Tensor
+    offset: Tensor | None = None
 
 
 class Quantizer(nn.Module):
     """A tensor quantizer. Weights: `rows` says how many rows share nothing. Activations: `rows=None`, one scale in all.
 
-    bits: 1 to 8. rotation: block of the Hadamard rotation of the last dimension, or None. zero_point: of the centred
-    codes, so that level = code - zero_point (-0.5: levels symmetric around zero). Raises ValueError for bits outside
-    1-8.
+    bits: 1 to 8, or what the method has of that. rotation: block of the Hadamard rotation of the last dimension, or
+    None. zero_point: of the centred codes, so that level = code - zero_point (-0.5: levels symmetric around zero).
+    table: the levels, for a method whose grid is not uniform. Raises ValueError for bits that the method does not have.
     """
 
     method: ClassVar[str]
+    widths: ClassVar[Sequence[int]] = range(1, 9)
+    for_weights: ClassVar[bool] = True
+    granularity_option: ClassVar[str] = "granularity"  # what the method calls the group that shares a statistic
     scale_is_learned: ClassVar[bool] = True
     scale_decays: ClassVar[bool] = False  # whether weight decay applies to the scale
     rotates: ClassVar[bool] = True  # whether the method rotates unless told otherwise
     weights_share_scale: ClassVar[bool] = False  # one scale for a whole weight matrix instead of one a row
     layer_activation_options: ClassVar[dict[str, Any]] = {}  # what a layer's activation quantizer differs in by default
+    activation_method: ClassVar[str | None] = None  # a layer's activations' method, where it is not this one
 
     bits: int
     scale: Tensor
     calibrated: Tensor
+    offset: Tensor | None
+    table: tuple[float, ...] | None = None
 
     def __init__(self, bits: int, rows: int | None, rotation: int | None, zero_point: float) -> None:
         super().__init__()
-        if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
-            raise ValueError(f"bits must be an integer from 1 to 8, got bits={bits!r}")
+        check_bits("bits", type(self), bits)
         if rows is not None and rows < 1:
             raise ValueError(f"rows must be positive or None (one scale for the tensor), got rows={rows}")
         if rotation is not None and (rotation < 1 or rotation & (rotation - 1)):
@@ -65,6 +75,7 @@ class Quantizer(nn.Module):
             self.scale = nn.Parameter(scale)
         else:
             self.register_buffer("scale", scale)
+        self.register_parameter("offset", None)
         self.register_buffer("calibrated", torch.zeros(1, dtype=torch.bool))
         self._seen_calibrated = False  # spares later calls the look at the buffer, which would wait for a GPU
 
@@ -120,11 +131,14 @@ class Quantizer(nn.Module):
         if step is None:
             self.require_calibrated()
             step = self.step()
-        return self.levels.to(step.device, step.dtype)[codes.long()] * step
+        values = self.levels.to(step.device, step.dtype)[codes.long()] * step
+        return values if self.offset is None else values + self.offset
 
     @property
     def levels(self) -> Tensor:
         """The table code -> level, float32 of shape (2**bits,), in units of the step."""
+        if self.table is not None:
+            return table_like(self.table, torch.empty(0, dtype=torch.float32, device="cpu")).clone()
         return torch.arange(2**self.bits, dtype=torch.float32) - 2 ** (self.bits - 1) - self.zero_point
 
     def entropy(self, x: Tensor) -> float:
@@ -175,6 +189,28 @@ class Quantizer(nn.Module):
         return ", ".join(f"{name}={value}" for name, value in self.options().items())
 
 
+def check_bits(argument: str, method: type[Quantizer], bits: object) -> None:
+    """Raise ValueError, naming the argument and the widths that the method has, unless `bits` is one of them."""
+    if isinstance(bits, bool) or not isinstance(bits, int) or bits not in method.widths:
+        low, high = min(method.widths), max(method.widths)
+        allowed = f"an integer from {low} to {high} bits" if low < high else f"{low} bits"
+        of = "" if (low, high) == (1, 8) else f" for {method.method}"
+        raise ValueError(f"{argument} must be {allowed}{of}, got {argument}={bits!r}")
+
+
+def table_like(table: tuple[float, ...], like: Tensor) -> Tensor:
+    """A table of levels as a tensor with the type and device of `like`."""
+    if torch.compiler.is_compiling() or type(like) not in (Tensor, nn.Parameter):
+        return torch.tensor(table, dtype=like.dtype, device=like.device)
+    return _cached_table(table, like.dtype, like.device)
+
+
+@lru_cache(maxsize=64)
+def _cached_table(table: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # an inference tensor in the cache would fail the next backward pass
+        return torch.tensor(table, dtype=dtype, device=device)
+
+
 def code_histogram(codes: Tensor, bits: int) -> Tensor:
     """How often each code occurs: uint8 codes -> int64 counts of shape (2**bits,)."""
     return torch.bincount(codes.flatten().long(), minlength=2**bits)
@@ -206,5 +242,6 @@ __all__ = [
     "code_histogram",
     "entropy_of",
     "sum_to",
+    "table_like",
     "wide",
 ]

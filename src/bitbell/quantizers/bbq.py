@@ -20,29 +20,38 @@ The output stays in the rotated domain: both operands of a layer are rotated, so
 from __future__ import annotations
 
 import math
+from statistics import NormalDist
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from bitbell.kernels import ROTATION_BLOCK, rotate
+from bitbell.kernels import ROTATION_BLOCK, rotate, rotate_gradient
 from bitbell.quantizers.base import Quantized, Quantizer, sum_to, wide
+from bitbell.quantizers.quest import OPTIMAL_CLIP
 
 INITIAL_SCALE = 1.694  # times the RMS; the published code's constant (the limit for many bits is 3 / sqrt(pi) = 1.6926)
 RUNNING_DECAY = 0.99  # of BBQ-Fast's running average of 1 / RMS
 SMALLEST_RMS = 1e-8  # an all-zero group stays finite, forward and backward
 
 RMS_GROUPS = ("tensor", "running", "token")
+ESTIMATORS = ("bell", "trust", "clip", "identity")
 
 
 class BBQ(Quantizer):
     """Quantize to `bits` bits with equally likely codes.
 
-    Weights: `rows` gives one RMS and one learned scale per row of an (O, I) matrix. Activations: one learned scale,
-    and `rms` says where the RMS is taken: "tensor" (the paper's BBQ: over the whole tensor, so a token's code depends
-    on later tokens), "running" (BBQ-Fast: the batch's in training, a running average of 1/RMS in evaluation, hence
-    causal) or "token" (over the last dimension). zero_point: the paper's z; default 0 for 3 bits and more, -0.5 for 1
-    and 2 bits. Any float is allowed.
+    Weights: `rows` gives one RMS and one scale per row. Activations (`rows=None`): one scale; `rms` says over what the
+    RMS is taken: "tensor" (the paper's BBQ: over the whole tensor, so a token's code depends on later tokens),
+    "running" (BBQ-Fast: the batch's in training, a running average of 1/RMS in evaluation, hence causal) or "token"
+    (over the last dimension). zero_point: the paper's z; default 0 for 3 bits and more, -0.5 for 1 and 2 bits. Any
+    float is allowed.
+
+    For ablation: normalise: False leaves the RMS out. rms_gradient: whether the gradient flows through the RMS.
+    learn_scale, learn_offset: whether the scale, and an offset added to every value, are learned. start: the scale to
+    start from, by default 1.694 RMS. estimator: "bell" (above), or the gradient straight through everything: untouched
+    ("identity"), times QuEST's "trust" mask for as many bits, or times a "clip" mask (one bin beyond the outermost
+    threshold: |v| <= 1.35 at 2 bits, 1.92 at 4).
 
     >>> q = BBQ(bits=2, rows=4)
     >>> w = torch.randn(4, 256)
@@ -52,6 +61,7 @@ class BBQ(Quantizer):
     """
 
     method = "bbq"
+    granularity_option = "rms"
     layer_activation_options: ClassVar[dict[str, Any]] = {"rms": "running"}  # causal; see the class docstring
     running_inverse_rms: Tensor
 
@@ -59,27 +69,49 @@ class BBQ(Quantizer):
         self,
         bits: int,
         rows: int | None = None,
-        rms: str = "tensor",
+        rms: str | None = None,
         zero_point: float | None = None,
         rotation: int | None = ROTATION_BLOCK,
+        *,
+        normalise: bool = True,
+        estimator: str = "bell",
+        rms_gradient: bool = True,
+        learn_scale: bool = True,
+        learn_offset: bool = False,
+        start: float | None = None,
     ) -> None:
         super().__init__(bits, rows, rotation, _paper_zero_point(bits) if zero_point is None else zero_point)
-        if rms not in RMS_GROUPS:
-            raise ValueError(f"rms must be one of {', '.join(RMS_GROUPS)}, got rms={rms!r}")
-        self.rms = "row" if rows is not None else rms
+        if rms is not None and (rms not in RMS_GROUPS or rows is not None):
+            allowed = (
+                f"one of {', '.join(RMS_GROUPS)}" if rows is None else "left out with rows, which have an RMS each"
+            )
+            raise ValueError(f"rms must be {allowed}, got rms={rms!r}")
+        if estimator not in ESTIMATORS:
+            raise ValueError(f"estimator must be one of {', '.join(ESTIMATORS)}, got estimator={estimator!r}")
+        if start is not None and not start > 0:
+            raise ValueError(f"start must be positive or None (1.694 RMS), got start={start!r}")
+        self.rms = rms or ("tensor" if rows is None else "row")
+        self.normalise, self.estimator, self.rms_gradient, self.start = normalise, estimator, rms_gradient, start
+        self.scale.requires_grad_(learn_scale)
+        if learn_offset:
+            self.offset = nn.Parameter(torch.zeros_like(self.scale))
         if self.rms == "running":
             self.register_buffer("running_inverse_rms", torch.ones(1))
 
     def quantize(self, x: Tensor) -> Quantized:
         self.check_input(x)
         self.require_calibrated()
-        frozen = self.running_inverse_rms if self.rms == "running" and not self.training else None
-        values, codes, step, inverse_rms = _BellBox.apply(
-            x, self.scale, frozen, self.rms, self.bits, self.zero_point, self.rotation
-        )
-        if self.rms == "running" and self.training:
+        frozen = self.running_inverse_rms if self._uses_running_rms and not self.training else None
+        group = self.rms if self.normalise else "none"
+        how = group, self.bits, self.zero_point, self.rotation, self.estimator, self.rms_gradient, self.rows is not None
+        values, codes, step, inverse_rms = _BellBox.apply(x, self.scale, self.offset, frozen, *how)
+        if self._uses_running_rms and self.training:
             self._update_running_statistics(inverse_rms)
-        return Quantized(values, codes, step)
+        return Quantized(values, codes, step, None if self.offset is None else self.offset.detach())
+
+    @property
+    def _uses_running_rms(self) -> bool:
+        return self.rms == "running" and self.normalise
 
     def _update_running_statistics(self, inverse_rms: Tensor) -> None:
         """An average step, but for a batch that says nothing: empty, all zero (1/RMS would be 1e8), or not finite."""
@@ -91,13 +123,23 @@ class BBQ(Quantizer):
         rms = rotate(wide(x), self.rotation).square().mean().sqrt()
         if self.rms == "running":
             self.running_inverse_rms.copy_(1 / rms.clamp_min(SMALLEST_RMS))
+        if self.start is not None:
+            return rms.clamp(self.start, self.start)  # NaN stays NaN
         return INITIAL_SCALE * rms.clamp_min(SMALLEST_RMS)
 
     def step(self) -> Tensor:
         return self.scale / 2 ** (self.bits - 1)
 
     def options(self) -> dict[str, Any]:
-        return super().options() | {"rms": "tensor" if self.rms == "row" else self.rms}
+        return super().options() | {
+            "rms": None if self.rms == "row" else self.rms,
+            "normalise": self.normalise,
+            "estimator": self.estimator,
+            "rms_gradient": self.rms_gradient,
+            "learn_scale": self.scale.requires_grad,
+            "learn_offset": self.offset is not None,
+            "start": self.start,
+        }
 
 
 def _paper_zero_point(bits: int) -> float:
@@ -106,6 +148,8 @@ def _paper_zero_point(bits: int) -> float:
 
 def _inverse_rms(h: Tensor, group: str) -> Tensor:
     """1 / RMS over the group: shape (1,) for the whole tensor, (..., 1) over the last dimension."""
+    if group == "none":
+        return 1 + 0 * h.sum().reshape(1)
     if group in ("row", "token"):
         norm, count = torch.linalg.vector_norm(h, dim=-1, keepdim=True), h.shape[-1]
     else:
@@ -124,11 +168,15 @@ class _BellBox(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         scale: Tensor,
+        offset: Tensor | None,
         frozen_inverse_rms: Tensor | None,
         group: str,
         bits: int,
         zero_point: float,
         rotation: int | None,
+        estimator: str,
+        rms_gradient: bool,
+        is_weight: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         h = rotate(wide(x), rotation)
         inverse_rms = _inverse_rms(h, group) if frozen_inverse_rms is None else frozen_inverse_rms.to(h.dtype)
@@ -142,29 +190,57 @@ class _BellBox(torch.autograd.Function):
         # nothing of x.
         trace_of_nan = 0 / inverse_rms if frozen_inverse_rms is None else 0 * h.sum()
         step = scale.to(h.dtype) / half + trace_of_nan
-        ctx.save_for_backward(x, scale, codes, inverse_rms)
-        ctx.group = None if frozen_inverse_rms is not None else group
-        ctx.bits, ctx.zero_point, ctx.rotation = bits, zero_point, rotation
+        # A weight is there anyway; of activations keep the rotated ones, which spares the backward pass a rotation.
+        ctx.kept_rotated = not is_weight
+        ctx.save_for_backward(h.to(x.dtype) if ctx.kept_rotated else x, scale, codes, inverse_rms)
+        ctx.group = group if frozen_inverse_rms is None and group != "none" and rms_gradient else None
+        ctx.bits, ctx.zero_point, ctx.rotation, ctx.estimator = bits, zero_point, rotation, estimator
+        ctx.x_dtype, ctx.offset = x.dtype, None if offset is None else (offset.shape, offset.dtype)
         ctx.mark_non_differentiable(codes, step, inverse_rms)
-        return code.sub_(zero_point).mul_(step), codes, step, inverse_rms
+        values = code.sub_(zero_point).mul_(step)
+        return values if offset is None else values.add_(offset), codes, step, inverse_rms
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, codes, inverse_rms = ctx.saved_tensors
-        grad_x = grad_scale = None
+        kept, scale, codes, inverse_rms = ctx.saved_tensors
+        grad_x = grad_scale = grad_offset = None
+        damping = 1 / math.sqrt(max(kept.numel(), 1))
         if ctx.needs_input_grad[1]:
             levels = codes.to(g.dtype).sub_(ctx.zero_point)
-            damping = 2.0 ** (1 - ctx.bits) / math.sqrt(max(x.numel(), 1))
-            grad_scale = (sum_to(levels.mul_(g), scale) * damping).to(scale.dtype)
+            grad_scale = (sum_to(levels.mul_(g), scale) * (2.0 ** (1 - ctx.bits) * damping)).to(scale.dtype)
+        if ctx.needs_input_grad[2]:
+            shape, dtype = ctx.offset
+            grad_offset = (g.sum_to_size(shape) * damping).to(dtype)
         if ctx.needs_input_grad[0]:
-            v = rotate(wide(x), ctx.rotation) * inverse_rms
-            u = v.square().mul_(-0.5).exp_().mul_(g).mul_(scale.to(v.dtype) * inverse_rms * math.sqrt(2 / math.pi))
-            grad_x = rotate(_remove_radial_part(u, v, ctx.group), ctx.rotation).to(x.dtype)
-        return grad_x, grad_scale, None, None, None, None, None
+            h = wide(kept) if ctx.kept_rotated else rotate(wide(kept), ctx.rotation)
+            grad_h = _estimate(g, h * inverse_rms, scale.to(h.dtype) * inverse_rms, ctx)
+            grad_x = rotate_gradient(grad_h, ctx.rotation, ctx.x_dtype)
+        return grad_x, grad_scale, grad_offset, *[None] * 8
+
+
+def _estimate(g: Tensor, v: Tensor, relative_scale: Tensor, ctx: Any) -> Tensor:
+    """dL/dh from g = dL/dy and v = h / RMS(h); relative_scale = scale / RMS(h)."""
+    if ctx.estimator == "bell":
+        u = v.square().mul_(-0.5).exp_().mul_(g).mul_(relative_scale * math.sqrt(2 / math.pi))
+        return _remove_radial_part(u, v, ctx.group)
+    if ctx.estimator == "identity":
+        return g
+    n = 2**ctx.bits
+    window = OPTIMAL_CLIP[ctx.bits] * n / (n - 1) if ctx.estimator == "trust" else bell_clip(ctx.bits)
+    return g * (v.abs() <= window)
+
+
+def bell_clip(bits: int) -> float:
+    """Where the "clip" estimator cuts off, in units of the RMS: the outermost threshold Phi^-1(1 - 1/n) plus the width
+    of the last bounded bin; 2 at 1 bit, which has no such bin."""
+    if bits == 1:
+        return 2.0
+    n, quantile = 2**bits, NormalDist().inv_cdf
+    return 2 * quantile(1 - 1 / n) - quantile(1 - 2 / n)
 
 
 def _remove_radial_part(u: Tensor, v: Tensor, group: str | None) -> Tensor:
-    """u - v mean(u v), in place: the gradient through the RMS. A frozen RMS (None) has none."""
+    """u - v mean(u v), in place: the gradient through the RMS. A constant RMS (None) has none."""
     if group is None:
         return u
     if group in ("row", "token"):

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitbell.kernels import rotate
+from bitbell.kernels import rotate, rotate_gradient
 from bitbell.quantizers.base import Quantized, Quantizer, sum_to, wide
 
 SMALLEST_STEP = 1e-8  # a step that training drives to zero or below acts as this, and may come back
@@ -84,4 +84,4 @@ class _LearnedStep(torch.autograd.Function):
         inside = (ratio - 0.5 >= -half) & (ratio - 0.5 <= half - 1)
         error = codes.to(g.dtype) + 0.5 - torch.where(inside, ratio, 0.0)
         grad_scale = sum_to(g * error, scale) / math.sqrt(max(h.numel(), 1) * _top(ctx.bits))
-        return rotate(g * inside, ctx.rotation).to(x.dtype), grad_scale.to(scale.dtype), None, None
+        return rotate_gradient(g * inside, ctx.rotation, x.dtype), grad_scale.to(scale.dtype), None, None

@@ -12,12 +12,13 @@ curve was made (mask_scale = 1.30; the default mask is the same as mask_scale = 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bitbell.kernels import ROTATION_BLOCK, rotate
+from bitbell.kernels import ROTATION_BLOCK, rotate, rotate_gradient
 from bitbell.quantizers.base import Quantized, Quantizer, wide
 
 # Clip that minimises the mean squared error of a standard Gaussian on 2**bits uniform symmetric levels.
@@ -32,40 +33,50 @@ OPTIMAL_CLIP = {
     8: 3.8849387,
 }
 TUNED_ONE_BIT_MASK = 1.30
+BELL_SCALE = 1.694  # what BBQ starts its scale at, in units of the RMS
+ESTIMATORS = ("trust", "clip", "identity", "bell")
 
 
 class QuEST(Quantizer):
     """Quantize to `bits` bits with the least squared error on a Gaussian.
 
     Weights: `rows` gives one scale per row. Activations: `rms` is "token" (the paper's: over the last dimension) or
-    "tensor". mask_scale: width of the gradient mask in units of the clip; None for the trust mask. `scale` holds the
-    clip of the tensor last calibrated on, for `decode`; every forward pass computes its own.
+    "tensor". mask_scale: width of the gradient mask in units of the clip; None for the trust mask. estimator, for
+    ablation: "trust"; "clip" (a mask up to the clip itself); "identity"; "bell" (BBQ's slope 2 z phi(h / RMS), z =
+    1.694). `scale` holds the clip of the tensor last calibrated on, for `decode`; every forward pass computes its own.
     """
 
     method = "quest"
+    granularity_option = "rms"
     scale_is_learned = False
 
     def __init__(
         self,
         bits: int,
         rows: int | None = None,
-        rms: str = "token",
+        rms: str | None = None,
         mask_scale: float | None = None,
         rotation: int | None = ROTATION_BLOCK,
+        estimator: str = "trust",
     ) -> None:
         super().__init__(bits, rows, rotation, zero_point=-0.5)
-        if rms not in ("token", "tensor"):
-            raise ValueError(f"rms must be token or tensor, got rms={rms!r}")
+        if rms is not None and (rms not in ("token", "tensor") or rows is not None):
+            allowed = "token or tensor" if rows is None else "left out with rows, which have an RMS each"
+            raise ValueError(f"rms must be {allowed}, got rms={rms!r}")
+        if estimator not in ESTIMATORS:
+            raise ValueError(f"estimator must be one of {', '.join(ESTIMATORS)}, got estimator={estimator!r}")
         if mask_scale is not None and not mask_scale > 0:
             raise ValueError(f"mask_scale must be positive or None (the trust mask), got {mask_scale}")
-        self.rms = "row" if rows is not None else rms
-        self.mask_scale = mask_scale
+        self.rms = "row" if rows is not None else rms or "token"
+        self.mask_scale, self.estimator = mask_scale, estimator
 
     def quantize(self, x: Tensor) -> Quantized:
         self.check_input(x)
         n = 2**self.bits
         mask_scale = n / (n - 1) if self.mask_scale is None else self.mask_scale
-        return Quantized(*_TrustQuantize.apply(x, self.rms == "tensor", self.bits, mask_scale, self.rotation))
+        mask_scale = 1.0 if self.estimator == "clip" else mask_scale
+        how = self.bits, mask_scale, self.rotation, self.estimator, self.rows is not None
+        return Quantized(*_TrustQuantize.apply(x, self.rms == "tensor", *how))
 
     def initial_scale(self, x: Tensor) -> Tensor:
         clip = _clip(rotate(wide(x), self.rotation), self.rms == "tensor", self.bits)
@@ -82,7 +93,8 @@ class QuEST(Quantizer):
 
     def options(self) -> dict[str, Any]:
         kept = {name: value for name, value in super().options().items() if name != "zero_point"}
-        return kept | {"rms": "token" if self.rms == "row" else self.rms, "mask_scale": self.mask_scale}
+        rms = None if self.rms == "row" else self.rms
+        return kept | {"rms": rms, "mask_scale": self.mask_scale, "estimator": self.estimator}
 
 
 def _clip(h: Tensor, whole_tensor: bool, bits: int) -> Tensor:
@@ -92,26 +104,41 @@ def _clip(h: Tensor, whole_tensor: bool, bits: int) -> Tensor:
 
 
 class _TrustQuantize(torch.autograd.Function):
-    """The formulas above. Keeps only `x` for the backward pass and recomputes the mask from it."""
+    """The formulas above. Keeps only its input for the backward pass and recomputes the mask from it."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, whole_tensor: bool, bits: int, mask_scale: float, rotation: int | None
+        ctx: Any,
+        x: Tensor,
+        whole_tensor: bool,
+        bits: int,
+        mask_scale: float,
+        rotation: int | None,
+        estimator: str,
+        is_weight: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         h = rotate(wide(x), rotation)
-        step = 2 * _clip(h, whole_tensor, bits) / (2**bits - 1)
+        clip = _clip(h, whole_tensor, bits)
+        step = 2 * clip / (2**bits - 1)
         half = 2 ** (bits - 1)
         code = (h / step - 0.5).round().clamp(-half, half - 1)
         codes = code.to(torch.int8)
-        ctx.save_for_backward(x)
-        ctx.whole_tensor, ctx.bits, ctx.mask_scale, ctx.rotation = whole_tensor, bits, mask_scale, rotation
+        # A weight is there anyway; of activations keep the rotated ones, which spares the backward pass a rotation.
+        ctx.kept_rotated = not is_weight
+        ctx.save_for_backward(h.to(x.dtype) if ctx.kept_rotated else x, clip)
+        ctx.bits, ctx.mask_scale, ctx.rotation, ctx.estimator = bits, mask_scale, rotation, estimator
+        ctx.x_dtype = x.dtype
         ctx.mark_non_differentiable(codes, step)
         return (code + 0.5) * step, codes, step
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
-        h = rotate(wide(x), ctx.rotation)
-        # |y - h| <= D/2 holds for every h inside the clip, and outside it up to half a step: |h| <= a * n / (n - 1).
-        trusted = h.abs() <= ctx.mask_scale * _clip(h, ctx.whole_tensor, ctx.bits)
-        return rotate(g * trusted, ctx.rotation).to(x.dtype), None, None, None, None
+        kept, clip = ctx.saved_tensors
+        h = wide(kept) if ctx.kept_rotated else rotate(wide(kept), ctx.rotation)
+        if ctx.estimator == "bell":
+            v = h * (OPTIMAL_CLIP[ctx.bits] / clip)
+            g = g * (BELL_SCALE * math.sqrt(2 / math.pi)) * (-0.5 * v.square()).exp()
+        elif ctx.estimator != "identity":
+            # |y - h| <= D/2 holds for every h inside the clip, and outside it up to half a step: |h| <= a n / (n - 1).
+            g = g * (h.abs() <= ctx.mask_scale * clip)
+        return rotate_gradient(g, ctx.rotation, ctx.x_dtype), *[None] * 6

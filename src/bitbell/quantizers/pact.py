@@ -1,0 +1,53 @@
+"""PACT (Choi et al., arXiv 1805.06085): a learned clip. Symmetric here, for values of both signs.
+
+    s = 2 a / (2**bits - 1)
+    y = s (clip(round(x / s - 1/2)) + 1/2)             2**bits symmetric levels from -a to a
+    dL/dx = dL/dy where |x| <= a, zero beyond
+    dL/da = sum(dL/dy * sign(x) where |x| > a)
+
+Only clipped values teach the clip. BBQ's and QuEST's comparison code cuts the gradient to x everywhere by mistake; here
+it is the paper's. The clip starts where LSQ's step starts, and takes part in weight decay, which is what makes it
+shrink.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from bitbell.kernels import rotate
+from bitbell.quantizers.base import Quantized, wide
+from bitbell.quantizers.formula import FormulaQuantizer
+from bitbell.quantizers.steps import SMALLEST_SIZE, mid_rise, straight_through
+
+
+class PACT(FormulaQuantizer):
+    """Quantize to `bits` bits between -a and a, a learned: one for the tensor, or with `rows` one per row. No rotation
+    by default."""
+
+    method = "pact"
+    rotates = False
+    weights_share_scale = True
+    scale_decays = True
+
+    def __init__(self, bits: int, rows: int | None = None, rotation: int | None = None) -> None:
+        super().__init__(bits, rows, rotation=rotation)
+
+    def formula(self, h: Tensor, size: Tensor) -> Quantized:
+        clip = self.scale.to(h.dtype).clamp_min(SMALLEST_SIZE)
+        step = 2 * clip.detach() / (2**self.bits - 1)
+        code = mid_rise(h / step, self.bits)
+        # The clipped input carries both gradients: to h inside the clip, to the clip itself beyond it.
+        clipped = torch.minimum(torch.maximum(h, -clip), clip)
+        return Quantized(straight_through((code + 0.5) * step, clipped), code.to(torch.int8), step)
+
+    def initial_scale(self, x: Tensor) -> Tensor:
+        size = rotate(wide(x), self.rotation).abs()
+        mean = size.mean().reshape(1) if self.rows is None else size.mean(-1, keepdim=True)
+        lsq_step = 2 * mean / math.sqrt(max(2 ** (self.bits - 1) - 1, 1))
+        return (lsq_step * (2**self.bits - 1) / 2).clamp_min(SMALLEST_SIZE)
+
+    def step(self) -> Tensor:
+        return 2 * self.scale.clamp_min(SMALLEST_SIZE) / (2**self.bits - 1)

@@ -1,0 +1,55 @@
+"""SEQ, stretched elastic quantization (ParetoQ, Liu et al., arXiv 2502.02631): a learned range, cut into even levels.
+
+    m = 2**(bits - 1)
+    k = round(clip(x / a, -0.99, 0.99) m - 1/2)
+    y = a (k + 1/2) / m                                1 bit: y = a sign(x)
+
+Backward, straight through the rounding: dL/dx where |x / a| <= 0.99; dL/da = sum(dL/dy * t) / sqrt(numel Qp), where
+t = y/a - x/a inside the clip and the outermost level outside it (1 bit: t = sign(x)), and Qp = max(m - 1, 1). The range
+starts at max|x|, per row for weights and one for activations.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from bitbell.kernels import rotate
+from bitbell.quantizers.base import Quantized, wide
+from bitbell.quantizers.formula import FormulaQuantizer
+from bitbell.quantizers.steps import mid_rise, round_through, scale_gradient, size_of, straight_through
+
+CLIP = 0.99
+SMALLEST_RANGE = 1e-5
+
+
+class SEQ(FormulaQuantizer):
+    """Quantize to `bits` bits within a learned range: one for the tensor, or with `rows` one per row. No rotation by
+    default."""
+
+    method = "seq"
+    rotates = False
+
+    def __init__(self, bits: int, rows: int | None = None, rotation: int | None = None) -> None:
+        super().__init__(bits, rows, rotation=rotation)
+
+    def formula(self, h: Tensor, size: Tensor) -> Quantized:
+        m = 2 ** (self.bits - 1)
+        factor = 1 / math.sqrt(max(h.numel(), 1) * max(m - 1, 1))
+        reach = scale_gradient(self.scale.to(h.dtype).clamp_min(SMALLEST_RANGE), factor)
+        ratio = h / reach
+        if self.bits == 1:
+            code = mid_rise(ratio, 1)
+            through = straight_through(torch.zeros_like(h), h, ratio.detach().abs() <= CLIP)
+            return Quantized(2 * (code + 0.5) * reach + through, code.to(torch.int8), 2 * reach)
+        code = round_through(ratio.clamp(-CLIP, CLIP) * m - 0.5)
+        return Quantized((code + 0.5) * (reach / m), code.detach().to(torch.int8), reach / m)
+
+    def initial_scale(self, x: Tensor) -> Tensor:
+        return size_of(rotate(wide(x), self.rotation), "absmax", self.rows is not None).clamp_min(SMALLEST_RANGE)
+
+    def step(self) -> Tensor:
+        reach = self.scale.clamp_min(SMALLEST_RANGE)
+        return 2 * reach if self.bits == 1 else reach / 2 ** (self.bits - 1)

@@ -1,0 +1,104 @@
+"""The steps that a method's formula is composed of: measure, round, look up, and what their gradients are.
+
+    size_of            what a group of values measures: its RMS, its largest or its mean magnitude
+    round_through      nearest integer; the gradient passes unchanged
+    straight_through   given values in place of x; the gradient passes, all of it or where a mask says
+    scale_gradient     the same value; its gradient times a factor
+    mid_rise           code of the nearest half-integer level
+    nearest            index of the nearest level, by the midpoints between levels
+    trust_window       how far from zero a uniform grid's error stays within half a step
+
+Rotation is in `bitbell.kernels`. Everything here is an ordinary differentiable function of tensors in float32 or
+float64.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SMALLEST_SIZE = 1e-8  # of a group of zeros, so that everything divided by it stays finite
+STATISTICS = ("rms", "absmax", "absmean")
+
+
+@torch.no_grad()
+def size_of(h: Tensor, statistic: str, by_row: bool) -> Tensor:
+    """RMS, largest or mean magnitude of `h` (..., C): (..., 1) over the last dimension, or (1,) over all of it.
+
+    Never below 1e-8; not finite where the group holds NaN or infinity. An empty group measures 1e-8.
+    """
+    if not h.numel():
+        return h.new_full((*h.shape[:-1], 1) if by_row else (1,), SMALLEST_SIZE)
+    if statistic == "absmax":
+        size = h.abs().amax(-1, keepdim=True) if by_row else h.abs().amax().reshape(1)
+    elif statistic == "absmean":
+        size = h.abs().mean(-1, keepdim=True) if by_row else h.abs().mean().reshape(1)
+    else:
+        square = h.square()
+        size = (square.mean(-1, keepdim=True) if by_row else square.mean().reshape(1)).sqrt()
+    return size.clamp_min(SMALLEST_SIZE)
+
+
+def round_through(x: Tensor) -> Tensor:
+    """`x` rounded half to even, exactly; backward the identity."""
+    return _RoundThrough.apply(x)
+
+
+class _RoundThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g
+
+
+def straight_through(values: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """`values`, with the gradient handed to `x`, of the same shape: all of it, or where the boolean `mask` holds."""
+    return _StraightThrough.apply(values, x, mask)
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
+        ctx.save_for_backward(*() if mask is None else (mask,))
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        return None, g * ctx.saved_tensors[0] if ctx.saved_tensors else g, None
+
+
+def scale_gradient(x: Tensor, factor: float) -> Tensor:
+    """`x` itself; its gradient times `factor`."""
+    return _ScaleGradient.apply(x, factor)
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return g * ctx.factor, None
+
+
+def mid_rise(ratio: Tensor, bits: int) -> Tensor:
+    """Centred code (float, no gradient) of the nearest half-integer level to `ratio`: clip(round(ratio - 1/2))."""
+    half = 2 ** (bits - 1)
+    return (ratio.detach() - 0.5).round_().clamp_(-half, half - 1)
+
+
+def nearest(ratio: Tensor, levels: Tensor) -> Tensor:
+    """Index (int64) of the level nearest to each value of `ratio`; the lower one on a tie. `levels`: (L,), rising."""
+    return torch.bucketize(ratio.detach().contiguous(), (levels[1:] + levels[:-1]) / 2)
+
+
+def trust_window(outermost: float, gap: float) -> float:
+    """Up to where rounding to a grid errs by at most half of its last gap: outermost level plus gap / 2."""
+    return outermost + gap / 2
