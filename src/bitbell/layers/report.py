@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from bitbell.kernels import packed_words
+from bitbell.layers.kinds import is_linear
 from bitbell.layers.swap import quantized_layers
 
 
@@ -97,6 +98,6 @@ def _quantized_row(name: str, layer: Any) -> LayerRow:
 def _kept_row(name: str, module: nn.Module, own: list[nn.Parameter], reason: str) -> LayerRow:
     size = sum(p.numel() * p.element_size() for p in own)
     shape = tuple(own[0].shape)
-    if not reason and not isinstance(module, nn.Linear):
+    if not reason and not is_linear(module):
         reason = f"a {type(module).__name__} is not quantized"
     return LayerRow(name or "(model)", shape, "full precision", size, size, reason)

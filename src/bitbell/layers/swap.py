@@ -3,8 +3,9 @@
     rules = {"*.mlp.*": Recipe("bbq", weights=2, activations=4), "lm_head": None, "*": "bbq-w4a4"}
 
 Patterns are shell-style and match full module names; `re:` starts a regular expression. The first match wins. None
-leaves a layer alone. Only plain `nn.Linear` layers are swapped; a subclass may be read past its `forward`, so it is
-left alone, with the reason. The output head keeps full precision unless a pattern other than "*" names it.
+leaves a layer alone. Only plain `nn.Linear` and (GPT-2's) `Conv1D` layers are swapped; a subclass may be read past its
+`forward`, so it is left alone, with the reason. The output head keeps full precision unless a pattern other than "*"
+names it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitbell.layers.linear import QuantizedLayer, QuantLinear, SharedInput
+from bitbell.layers.kinds import is_linear, linear_kind, quantized_twin
+from bitbell.layers.linear import QuantizedLayer, SharedInput, TrainedLayer
 from bitbell.layers.recipes import Recipe, as_recipe
 from bitbell.quantizers import Quantizer
 
@@ -27,6 +29,7 @@ Rules = Mapping[str, "Recipe | str | None"] | Recipe | str
 # Layers of these names under one parent are fed by the same tensor in the models we know.
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 HEAD_NAMES = ("lm_head", "embed_out", "head", "classifier", "score")
+NO_LINEAR = "it has no nn.Linear and no Conv1D of transformers"
 
 
 def quantize(model: nn.Module, rules: Rules, *, share_inputs: bool = True) -> nn.Module:
@@ -46,16 +49,15 @@ def quantize(model: nn.Module, rules: Rules, *, share_inputs: bool = True) -> nn
     _check_rules(model, compiled)
     layers: dict[str, nn.Module] = {}
     for name, recipe in plan.items():
-        linear = model.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
         try:
-            layers[name] = QuantLinear.from_linear(linear, recipe)
+            layers[name] = quantized_twin(model.get_submodule(name), recipe)
         except ValueError as error:
             raise ValueError(f"{name}: {error} (a rule {name!r}: None would leave it in full precision)") from None
     if not layers:
         raise ValueError("the model has no layer to quantize: " + _first_reasons(kept))
-    if isinstance(model, nn.Linear):
-        raise ValueError("quantize() swaps the layers inside a model; for a single layer use QuantLinear.from_linear")
+    if (kind := linear_kind(model)) is not None:
+        twin = f"Quant{kind.__name__}"
+        raise ValueError(f"quantize() swaps the layers inside a model; for a single layer use {twin}.from_linear")
     for name, alias in _names_of_modules(model, layers):
         replace_module(model, alias, layers[name])
     if share_inputs:
@@ -118,7 +120,7 @@ def _plan(model: nn.Module, rules: list[tuple[str, Recipe | None]]) -> tuple[dic
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding):
             kept[name] = "embeddings keep full precision"
-        if not isinstance(module, nn.Linear):
+        if (kind := linear_kind(module)) is None:
             continue
         pattern, recipe = next(((p, r) for p, r in rules if _matches(p, name)), (None, None))
         if pattern is None:
@@ -129,8 +131,8 @@ def _plan(model: nn.Module, rules: list[tuple[str, Recipe | None]]) -> tuple[dic
             kept[name] = "the output head keeps full precision unless a rule names it"
         elif isinstance(model.get_submodule(name.rpartition(".")[0]), nn.TransformerEncoderLayer):
             kept[name] = "nn.TransformerEncoderLayer reads its weight past its forward in evaluation"
-        elif type(module) is not nn.Linear:
-            kept[name] = f"a {type(module).__name__} is not a plain nn.Linear"
+        elif type(module) is not kind:
+            kept[name] = f"a {type(module).__name__} is not a plain {'nn.' * (kind is nn.Linear)}{kind.__name__}"
         else:
             plan[name] = recipe
     return plan, kept
@@ -142,16 +144,14 @@ def _head_name(model: nn.Module) -> str | None:
     if ask is not None:
         head = ask()
         return next((name for name, module in model.named_modules() if module is head), None)
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    linears = [name for name, module in model.named_modules() if is_linear(module)]
     return linears[-1] if linears and linears[-1].rpartition(".")[2] in HEAD_NAMES else None
 
 
 def _check_rules(model: nn.Module, rules: list[tuple[str, Recipe | None]]) -> None:
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    linears = [name for name, module in model.named_modules() if is_linear(module)]
     # Leaving alone what is never swapped, such as an embedding, is no mistake; naming a container swaps what is in it.
-    others = [
-        name for name, module in model.named_modules() if not any(isinstance(m, nn.Linear) for m in module.modules())
-    ]
+    others = [name for name, module in model.named_modules() if not any(is_linear(m) for m in module.modules())]
     first = {name: next((p for p, _ in rules if _matches(p, name)), None) for name in linears}
     for pattern, recipe in rules:
         matched = [name for name in linears if _matches(pattern, name)]
@@ -164,7 +164,7 @@ def _check_rules(model: nn.Module, rules: list[tuple[str, Recipe | None]]) -> No
         if not any(_matches(pattern, name) for name in candidates):
             close = difflib.get_close_matches(pattern, linears, n=1, cutoff=0.3)
             if not linears:
-                raise ValueError("the model has no layer to quantize: it has no nn.Linear")
+                raise ValueError(f"the model has no layer to quantize: {NO_LINEAR}")
             example = (close or linears)[0]
             raise ValueError(
                 f"rule {pattern!r} matches no linear layer of the model. Its layers are called e.g. {example!r}"
@@ -172,24 +172,24 @@ def _check_rules(model: nn.Module, rules: list[tuple[str, Recipe | None]]) -> No
 
 
 def _first_reasons(kept: dict[str, str]) -> str:
-    return "; ".join(f"{name or 'model'}: {reason}" for name, reason in list(kept.items())[:3]) or "it has no nn.Linear"
+    return "; ".join(f"{name or 'model'}: {reason}" for name, reason in list(kept.items())[:3]) or NO_LINEAR
 
 
-def _sibling_groups(layers: Mapping[str, nn.Module]) -> Iterator[list[QuantLinear]]:
+def _sibling_groups(layers: Mapping[str, nn.Module]) -> Iterator[list[TrainedLayer]]:
     """Groups of layers with one parent and equal recipes that are fed by the same tensor."""
     parents = dict.fromkeys(name.rpartition(".")[0] for name in layers)
     for parent in parents:
         for siblings in SIBLINGS:
             group = [layers.get(f"{parent}.{child}" if parent else child) for child in siblings]
             found = [
-                layer for layer in group if isinstance(layer, QuantLinear) and layer.activation_quantizer is not None
+                layer for layer in group if isinstance(layer, TrainedLayer) and layer.activation_quantizer is not None
             ]
             alike = {(layer.in_features, layer.recipe.name, str(layer.recipe)) for layer in found}
             if len(found) == len(siblings) and len(alike) == 1:
                 yield found
 
 
-def _share(group: list[QuantLinear]) -> None:
+def _share(group: list[TrainedLayer]) -> None:
     assert group[0].activation_quantizer is not None
     shared = SharedInput(group[0].activation_quantizer, len(group))
     for place, layer in enumerate(group):
@@ -215,7 +215,7 @@ def calibrate(model: nn.Module, batch: Any, *, again: bool = False) -> nn.Module
     fed: dict[int, tuple[str, Tensor]] = {}
     done: set[int] = set()
 
-    def before(name: str, layer: QuantLinear, args: tuple[Any, ...]) -> None:
+    def before(name: str, layer: TrainedLayer, args: tuple[Any, ...]) -> None:
         shared = layer.shared_input
         if shared is not None:
             if fed.setdefault(id(shared), (name, args[0]))[0] == name:
@@ -226,7 +226,7 @@ def calibrate(model: nn.Module, batch: Any, *, again: bool = False) -> nn.Module
                     "quantize the model with share_inputs=False"
                 )
         for what, quantizer, data in (
-            ("weight", layer.weight_quantizer, layer.weight),
+            ("weight", layer.weight_quantizer, layer.matrix),
             ("input", layer.activation_quantizer, args[0]),
         ):
             if quantizer is None or id(quantizer) in done:
@@ -241,7 +241,7 @@ def calibrate(model: nn.Module, batch: Any, *, again: bool = False) -> nn.Module
     hooks = []
     before_it = [(quantizer, _copied_state(quantizer)) for _, quantizer in quantizers(model)]
     for name, layer in quantized_layers(model):
-        if isinstance(layer, QuantLinear):
+        if isinstance(layer, TrainedLayer):
             hooks.append(layer.register_forward_pre_hook(lambda layer, args, name=name: before(name, layer, args)))
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

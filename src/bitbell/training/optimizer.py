@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bitbell.layers import is_linear
 from bitbell.quantizers import Quantizer
 from bitbell.training.config import TrainConfig
 
@@ -22,8 +23,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
     head = ask() if ask is not None else None
     decayed: dict[int, Tensor] = {}
     for module in model.modules():
-        if isinstance(module, nn.Linear) and module is not head:
-            decayed[id(module.weight)] = module.weight
+        if is_linear(module) and module is not head:
+            decayed[id(module.weight)] = module.weight  # type: ignore[assignment]
         if isinstance(module, Quantizer) and module.scale_decays and isinstance(module.scale, nn.Parameter):
             decayed[id(module.scale)] = module.scale
     for module in model.modules():
