@@ -46,12 +46,16 @@ def evaluate(
     """Evaluate a full-precision, quantized or packed causal language model on a split of a token data set.
 
     limit: number of windows at most (None: all). Activation entropies come from the first few windows. Raises
-    ValueError where the split is shorter than a sequence or the model's vocabulary smaller than the data's.
+    ValueError where the split is shorter than a sequence, the sequence longer than the model's positions, or the
+    model's vocabulary smaller than the data's.
     """
     from bitbell.data import windows
 
     data = windows(dataset, split, sequence_length=sequence_length, limit=limit)
-    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
+    config = getattr(model, "config", None)
+    positions, vocabulary = (getattr(config, name, None) for name in ("max_position_embeddings", "vocab_size"))
+    if positions is not None and positions < sequence_length:
+        raise ValueError(f"sequence_length must be at most the model's {positions} positions, got {sequence_length}")
     if vocabulary is not None and vocabulary < dataset.vocab_size:
         raise ValueError(
             f"the data's tokens go up to {dataset.vocab_size - 1}, the model's vocabulary has only {vocabulary}"

@@ -1,4 +1,4 @@
-"""PackedLinear: what a trained QuantLinear becomes. It stores codes at their true width and multiplies integers.
+"""PackedLinear: what a trained layer becomes. It stores codes at their true width and multiplies integers.
 
     levels_x . levels_w^T = codes_x . codes_w^T - z_w sum(codes_x) - z_x sum(codes_w) + K z_x z_w
 
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitbell.kernels import integer_product, pack_codes, packed_words, rotate, unpack_codes
-from bitbell.layers import QuantizedLayer, QuantLinear, Recipe
+from bitbell.layers import QuantizedLayer, Recipe, TrainedLayer
 from bitbell.layers.product import add_offsets, grid_of, levels_of
 from bitbell.quantizers import Quantized, Quantizer
 
@@ -56,7 +56,7 @@ class PackedLinear(nn.Module, QuantizedLayer):
 
     @classmethod
     @torch.no_grad()
-    def from_trained(cls, layer: QuantLinear, activation_quantizer: Quantizer | None) -> PackedLinear:
+    def from_trained(cls, layer: TrainedLayer, activation_quantizer: Quantizer | None) -> PackedLinear:
         """Pack a trained layer; `activation_quantizer` is its (possibly shared) quantizer's copy."""
         bits = layer.recipe.weights
         packed = cls(layer.in_features, layer.out_features, layer.recipe, layer.bias is not None, layer.weight.device)
@@ -135,7 +135,7 @@ class PackedLinear(nn.Module, QuantizedLayer):
 
 
 @torch.no_grad()
-def weight_step(layer: QuantLinear) -> Tensor:
+def weight_step(layer: TrainedLayer) -> Tensor:
     """The value of one level of each row of a trained layer's weight, (O, 1) float32."""
-    step = layer.weight_quantizer.quantize(layer.weight).step
+    step = layer.weight_quantizer.quantize(layer.matrix).step
     return step.float().expand(layer.out_features, 1)

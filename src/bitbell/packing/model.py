@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitbell.layers import QuantLinear, SharedInput, quantized_layers
+from bitbell.layers import SharedInput, TrainedLayer, quantized_layers
 from bitbell.packing.layers import PackedLinear
 
 
@@ -63,7 +63,7 @@ def pack(model: nn.Module) -> PackedModel:
     memo: dict[int, Any] = {}
     packed: dict[str, PackedLinear] = {}
     for name, layer in trained.items():
-        if not isinstance(layer, QuantLinear):
+        if not isinstance(layer, TrainedLayer):
             raise ValueError(f"{name} is a {type(layer).__name__}: the model is packed already")
         _check_ready(name, layer)
         packed[name] = memo[id(layer)] = PackedLinear.from_trained(
@@ -88,7 +88,7 @@ def shared_groups(layers: dict[str, Any]) -> list[list[str]]:
     return [sorted(names, key=lambda n: layers[n].place_in_shared_input) for names in groups.values()]
 
 
-def _check_ready(name: str, layer: QuantLinear) -> None:
+def _check_ready(name: str, layer: TrainedLayer) -> None:
     for what, quantizer in (("weight", layer.weight_quantizer), ("input", layer.activation_quantizer)):
         if quantizer is not None and not bool(quantizer.calibrated):
             raise ValueError(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitbell.layers import Recipe, SharedInput, quantized_layers, replace_module
+from bitbell.layers import Recipe, SharedInput, is_linear, quantized_layers, replace_module, shape_of
 from bitbell.packing.files import FORMAT_VERSION, QUANT_METHOD, PackedFileError, read_config
 from bitbell.packing.layers import PackedLinear
 from bitbell.packing.model import PackedModel
@@ -167,11 +167,13 @@ def _with_packed_layers(folder: Path, model: nn.Module, quantization: dict[str, 
     recipes = [_read_recipe(where, recipe) for recipe in quantization["recipes"]]
     for name, entry in quantization["layers"].items():
         try:
-            linear = model.get_submodule(name)
+            linear: Any = model.get_submodule(name)
         except AttributeError:
             raise PackedFileError(f"{where}: the model has no layer {name!r}") from None
-        shape: list[Any] = [getattr(linear, "out_features", None), getattr(linear, "in_features", None)]
-        if not isinstance(linear, nn.Linear) or shape != entry["shape"]:
+        if not is_linear(linear):
+            raise PackedFileError(f"{where}: {name!r} is a {type(linear).__name__} in the model, not a linear layer")
+        shape = list(shape_of(linear))
+        if shape != entry["shape"]:
             raise PackedFileError(f"{where}: {name} has shape {entry['shape']} there, but {shape} in the model")
         recipe = recipes[entry["recipe"]]
         try:

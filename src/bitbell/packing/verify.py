@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bitbell.evaluation import logits_of
 from bitbell.evaluation.loss import device_of, evaluation_mode
-from bitbell.layers import QuantizedLayer, QuantLinear, quantized_layers
+from bitbell.layers import QuantizedLayer, TrainedLayer, quantized_layers
 from bitbell.packing.layers import PackedLinear, weight_step
 from bitbell.packing.model import PackedModel
 
@@ -58,9 +58,7 @@ def verify(model: nn.Module, packed: nn.Module, batch: Any = None) -> Verificati
         )
     codes = sum(_compare_weights(name, trained[name], others[name]) for name in trained)
     if batch is None and hasattr(model, "config"):
-        generator = torch.Generator().manual_seed(0)
-        config: Any = model.config
-        batch = torch.randint(0, config.vocab_size, (2, 64), generator=generator)
+        batch = _random_ids(model.config)
     with evaluation_mode(model), evaluation_mode(twin):
         inputs = _record_inputs(model, batch) if batch is not None else _random_inputs(trained)
         if missed := sorted(trained.keys() - inputs.keys()):
@@ -71,7 +69,7 @@ def verify(model: nn.Module, packed: nn.Module, batch: Any = None) -> Verificati
     return Verification(len(trained), codes, worst, differences[worst], logits)
 
 
-def _compare_weights(name: str, layer: QuantLinear, packed: PackedLinear) -> int:
+def _compare_weights(name: str, layer: TrainedLayer, packed: PackedLinear) -> int:
     ours, theirs = layer.weight_codes(), packed.weight_codes()
     if ours.shape != theirs.shape:
         raise VerificationError(f"{name}: the weight is {tuple(ours.shape)}, packed {tuple(theirs.shape)}")
@@ -96,7 +94,12 @@ def _record_inputs(model: nn.Module, batch: Any) -> dict[str, Tensor]:
     return inputs
 
 
-def _random_inputs(layers: dict[str, QuantLinear]) -> dict[str, Tensor]:
+def _random_ids(config: Any) -> Tensor:
+    length = min(64, getattr(config, "max_position_embeddings", None) or 64)
+    return torch.randint(0, config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
+
+
+def _random_inputs(layers: dict[str, TrainedLayer]) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     return {
         name: torch.randn(16, layer.in_features, generator=generator).to(layer.weight.device)
@@ -104,7 +107,7 @@ def _random_inputs(layers: dict[str, QuantLinear]) -> dict[str, Tensor]:
     }
 
 
-def _compare_outputs(name: str, layer: QuantLinear, packed: PackedLinear, x: Tensor) -> float:
+def _compare_outputs(name: str, layer: TrainedLayer, packed: PackedLinear, x: Tensor) -> float:
     if layer.activation_quantizer is not None:
         ours, theirs = _encode(layer, x), _encode(packed, x)
         if different := int((ours != theirs).sum()):

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from bitbell.data import Batches, TokenDataset, windows
 from bitbell.evaluation import Evaluation, evaluate, logits_of, measure_loss, weight_entropies
 from bitbell.evaluation.loss import autocast
-from bitbell.layers import QuantLinear, calibrate, quantized_layers, report
+from bitbell.layers import TrainedLayer, calibrate, quantized_layers, report
 from bitbell.models import find_preset
 from bitbell.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from bitbell.training.config import TrainConfig
@@ -279,7 +279,7 @@ class _Run:
         return summary
 
 
-def _scales(layer: QuantLinear) -> dict[str, float]:
+def _scales(layer: TrainedLayer) -> dict[str, float]:
     scales = {"weight_scale": float(layer.weight_quantizer.scale.detach().abs().mean())}
     if layer.activation_quantizer is not None and layer.activation_quantizer.scale_is_learned:
         scales["activation_scale"] = float(layer.activation_quantizer.scale.detach().abs().mean())
