@@ -119,12 +119,22 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
         """Codes 0 .. 2**bits - 1 of `x`, uint8, the same shape. Packing stores exactly these."""
+        return (self._quantize_as_packed(x).codes.to(torch.int16) + 2 ** (self.bits - 1)).to(torch.uint8)
+
+    @torch.no_grad()
+    def bin_width(self, x: Tensor) -> Tensor:
+        """Mean width of the bins of codes in the rotated `x`, shaped like the step. Thresholds lie midway between
+        levels; a method that puts them elsewhere has its own."""
+        levels = self.levels
+        return self._quantize_as_packed(x).step * (float(levels[-1] - levels[0]) / (len(levels) - 1))
+
+    def _quantize_as_packed(self, x: Tensor) -> Quantized:
+        """`quantize` in evaluation mode: by running statistics, which stay as they are."""
         was_training, self.training = self.training, False
         try:
-            codes = self.quantize(x).codes
+            return self.quantize(x)
         finally:
             self.training = was_training
-        return (codes.to(torch.int16) + 2 ** (self.bits - 1)).to(torch.uint8)
 
     def decode(self, codes: Tensor, step: Tensor | None = None) -> Tensor:
         """Values of `codes` (uint8). `step` defaults to the stored one, which must have been set."""

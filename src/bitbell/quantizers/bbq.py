@@ -130,6 +130,12 @@ class BBQ(Quantizer):
     def step(self) -> Tensor:
         return self.scale / 2 ** (self.bits - 1)
 
+    @torch.no_grad()
+    def bin_width(self, x: Tensor) -> Tensor:
+        """One code is 1 / (n phi(v)) wide in v; over a Gaussian the mean of phi(v) is 1 / (2 sqrt(pi))."""
+        inverse_rms = _inverse_rms(rotate(wide(x), self.rotation), self.rms if self.normalise else "none")
+        return 2 * math.sqrt(math.pi) / 2**self.bits / inverse_rms
+
     def options(self) -> dict[str, Any]:
         return super().options() | {
             "rms": None if self.rms == "row" else self.rms,

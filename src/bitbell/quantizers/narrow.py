@@ -49,6 +49,9 @@ class Narrow(FormulaQuantizer):
         inside = h.abs() <= 2 ** (self.bits - 1) * threshold_step
         return Quantized(straight_through((code + 0.5) * step, h, inside), code.to(torch.int8), step)
 
+    def bin_width(self, x: Tensor) -> Tensor:
+        return super().bin_width(x) * (WIDEST_ENTROPY_STEP[self.bits] / self.level_step)
+
 
 def least_error_step(threshold_step: float, bits: int) -> float:
     """The step s with the least E[(v - s (k + 1/2))**2] for a standard Gaussian v cut into cells of `threshold_step`:
