@@ -54,6 +54,11 @@ def test_every_number_is_that_of_the_single_functions(
         assert result.activation_entropy == pytest.approx(sum(entropies) / len(rows), rel=1e-3)
 
 
+def test_a_sequence_longer_than_the_models_positions_is_refused(make_llama: MakeLlama, dataset: TokenDataset) -> None:
+    with pytest.raises(ValueError, match="sequence_length must be at most the model's 128 positions, got 129"):
+        evaluate(make_llama("bbq-w2a2"), dataset, sequence_length=129)
+
+
 @pytest.mark.parametrize("recipe", ["bbq-w2a2", "bbq-w4a4", "quest-w3a3", "lsq-w2a2", "bbq-w3a16"])
 def test_a_packed_model_has_the_numbers_of_the_trained_one(
     make_llama: MakeLlama, dataset: TokenDataset, tmp_path: Path, recipe: str

@@ -13,7 +13,7 @@ from bitbell.layers import QuantConv1D, calibrate, quantize, quantized_layers, r
 def build(rules: Any = "bbq-w2a2", *, tied: bool = False, seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     config = GPT2Config(vocab_size=37, n_embd=64, n_layer=2, n_head=2, n_positions=32, tie_word_embeddings=tied)
-    config.update({name: 0.0 for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop")})
+    config.update(dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0))
     model = GPT2LMHeadModel(config)
     return model if rules is None else quantize(model, rules)
 
@@ -47,9 +47,7 @@ def test_rules_choose_layers_by_name() -> None:
     assert found == {"attn.c_attn": "quest-w4a4", "attn.c_proj": "bbq-w2a2", "mlp.c_fc": "bbq-w2a2"}
     reasons = model.__dict__["kept_in_full_precision"]
     assert reasons["transformer.h.1.mlp.c_proj"] == "rule '*.mlp.c_proj' leaves it alone"
-    with pytest.raises(
-        ValueError, match=r"matches no linear layer of the model\. Its layers are called e\.g\. .*c_att"
-    ):
+    with pytest.raises(ValueError, match=r"matches no linear layer of the model\. .* called e\.g\. .*c_attn"):
         build({"*.c_atn": "bbq-w2a2"})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ MICRO = Preset(layers=2, width=64, heads=2, feed_forward=128, learning_rate=4e-3
 @pytest.fixture(autouse=True)
 def micro_preset(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PRESETS, "micro", MICRO)
+    monkeypatch.setitem(PRESETS, "micro-gpt", replace(MICRO, architecture="gpt"))
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,17 @@ def test_twenty_steps_equal_ten_a_stop_and_ten_more(make_config: Make, tmp_path:
         [e["loss"] for e in read_metrics(r.run / "metrics.jsonl") if e["event"] == "train"] for r in (whole, rest)
     )
     assert ours == theirs
+
+
+def test_a_gpt_stops_continues_and_learns(make_config: Make, tmp_path: Path) -> None:
+    whole, halves = (make_config(preset="micro-gpt", out=str(tmp_path / out)) for out in ("whole", "halves"))
+    assert train(replace(halves, stop_after=3)).status == "stopped"
+    first, rest = train(whole), train(halves)
+    assert rest.summary["loss"] == first.summary["loss"]
+    assert_same_weights(first.run, rest.run)
+    losses = [e["loss"] for e in read_metrics(rest.run / "metrics.jsonl") if e["event"] == "train"]
+    assert losses[-1] < losses[0] - 0.5
+    assert [name for name, _ in quantized_layers(load_run(rest.run)[0])][1] == "transformer.h.0.attn.c_proj"
 
 
 def test_a_finished_run_is_not_done_again(make_config: Make, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,8 +12,8 @@ from bitbell.models import build_model
 from bitbell.training.optimizer import learning_rate_at, parameter_groups
 
 
-def decayed_names(recipe: str | None) -> set[str]:
-    model = build_model("micro")
+def decayed_names(recipe: str | None, preset: str = "micro") -> set[str]:
+    model = build_model(preset)
     if recipe:
         quantize(model, recipe)
     names = {id(p): n for n, p in model.named_parameters()}
@@ -29,6 +29,13 @@ def test_only_linear_weights_in_the_blocks_decay() -> None:
     assert all(name.endswith("proj.weight") for name in plain)
     assert decayed_names("bbq-w2a2") == plain
     assert decayed_names("quest-w2a2") == plain
+
+
+def test_of_a_gpt_the_weights_of_conv1d_decay_and_positions_biases_and_the_head_do_not() -> None:
+    plain = decayed_names(None, "micro-gpt")
+    parts = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    assert plain == {f"transformer.h.{block}.{part}.weight" for block in range(2) for part in parts}
+    assert decayed_names("bbq-w2a2", "micro-gpt") == plain
 
 
 def test_the_step_of_lsq_decays_as_in_the_published_comparison() -> None:

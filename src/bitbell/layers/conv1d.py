@@ -30,7 +30,7 @@ class QuantConv1D(TrainedLayer, Conv1D):
 
     @property
     def matrix(self) -> Tensor:
-        # In rows, so that every sum runs in the order in which it runs for nn.Linear.
+        # Copied into rows: sums then run in the same order as for nn.Linear, and faster than over a transposed view.
         return self.weight.T.contiguous()
 
     def extra_repr(self) -> str:
