@@ -81,7 +81,7 @@ def evaluate(
     Args:
         model: A run or a packed directory.
         data: Token data set; by default the one that the run was trained on.
-        sequence_length: Tokens in a window; by default the run's, and 128 for a packed model.
+        sequence_length: Tokens in a window; by default the run's, and for a packed model 128 or all its positions.
         split: Which split of the data.
         limit: Windows at most; by default all.
         batch_size: Windows at a time; changes no number, except under bbq-tensor recipes.
@@ -93,7 +93,8 @@ def evaluate(
     loaded, source = open_model(model)
     dataset = TokenDataset.open(_data_of(source, data))
     _check_tokenizer(model, dataset.path)
-    length = sequence_length or source.get("sequence_length", 128)
+    positions = getattr(getattr(loaded, "config", None), "max_position_embeddings", 128)
+    length = sequence_length or source.get("sequence_length", min(128, positions))
     result = run(loaded, dataset, sequence_length=length, split=split, limit=limit, batch_size=batch_size)
     if as_json:
         print(json.dumps(result.to_dict(), indent=2))
