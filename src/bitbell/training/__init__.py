@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bitbell.training.checkpoint import CheckpointError
     from bitbell.training.config import TrainConfig
+    from bitbell.training.fogzo import Fogzo
     from bitbell.training.health import TrainingDiverged
     from bitbell.training.loop import TrainingResult, train
     from bitbell.training.optimizer import parameter_groups
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "CheckpointError": "checkpoint",
+    "Fogzo": "fogzo",
     "TrainConfig": "config",
     "TrainingDiverged": "health",
     "TrainingResult": "loop",
@@ -23,6 +25,7 @@ _HOMES = {
 
 __all__ = [
     "CheckpointError",
+    "Fogzo",
     "TrainConfig",
     "TrainingDiverged",
     "TrainingResult",

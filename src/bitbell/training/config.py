@@ -34,6 +34,7 @@ COUNTS = (
     "batch_size",
     "sequence_length",
     "accumulation",
+    "fogzo_samples",
     "threads",
     "log_every",
     "entropy_every",
@@ -89,7 +90,19 @@ class TrainConfig:
     final: float = 0.1
     """Last learning rate, as a share of the peak."""
     seed: int = 0
-    """Of the initial weights and of the order of the data."""
+    """Of the initial weights, of the order of the data, and of FOGZO's noise."""
+
+    fogzo: bool = False
+    """Correct the gradients of quantized weights by probing the loss (FOGZO): two more forward passes a step."""
+    fogzo_start: float = 0.7
+    """Share of the steps that are trained plainly first."""
+    fogzo_beta: float | None = None
+    """Share of the straight-through direction in the last step's probe; it falls to this from 1. By default 1 - 1/d,
+    for d quantized weights."""
+    fogzo_noise: str = "uniform"
+    """Shape of the rest of the probe: uniform, logistic or triangular."""
+    fogzo_samples: int = 1
+    """Probes a step, each of two forward passes."""
 
     device: str = "auto"
     """cpu, cuda, or auto."""
@@ -130,6 +143,10 @@ class TrainConfig:
             _check(self, name, 0 <= getattr(self, name) < 1, "from 0 up to but without 1")
         for name in ("warmup", "final"):
             _check(self, name, 0 <= getattr(self, name) <= 1, "from 0 to 1")
+        _check(self, "fogzo_start", 0 <= self.fogzo_start < 1, "from 0 up to but without 1")
+        _check(self, "fogzo_beta", self.fogzo_beta is None or 0 <= self.fogzo_beta <= 1, "from 0 to 1")
+        known = self.fogzo_noise in ("uniform", "logistic", "triangular")
+        _check(self, "fogzo_noise", known, "uniform, logistic or triangular")
         _check(self, "precision", self.precision in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16")
         known = re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None
         _check(self, "device", known, "auto, cpu, cuda or cuda:N")

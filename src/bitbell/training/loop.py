@@ -1,11 +1,11 @@
 """A configuration -> a run directory: the training loop.
 
-    batch(step) --forward, backward (accumulation times)--> clip --> AdamW at learning_rate_at(step) --> journal,
-    checkpoint
+    batch(step) --forward, backward (accumulation times)--> FOGZO, if asked for --> clip --> AdamW at
+    learning_rate_at(step) --> journal, checkpoint
 
-Everything a step depends on is a function of the step number (data, learning rate) or part of the checkpoint
-(weights, scales, statistics, moments), so a run that is stopped anywhere and started again ends with the same
-numbers.
+Everything a step depends on is a function of the step number (data, learning rate, FOGZO's noise) or part of the
+checkpoint (weights, scales, statistics, moments), so a run that is stopped anywhere and started again ends with the
+same numbers.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import math
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -30,6 +31,7 @@ from bitbell.layers import TrainedLayer, calibrate, quantized_layers, report
 from bitbell.models import find_preset
 from bitbell.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from bitbell.training.config import TrainConfig
+from bitbell.training.fogzo import Fogzo, beta_at
 from bitbell.training.health import TrainingDiverged, first_bad_gradient, first_not_finite
 from bitbell.training.journal import Journal, Progress, read_metrics
 from bitbell.training.optimizer import learning_rate_at, make_optimizer
@@ -116,6 +118,9 @@ class _Run:
         self.bytes_per_token = dataset.num_bytes("valid") / dataset.num_tokens("valid")
         self.peak = config.learning_rate or find_preset(config.preset).learning_rate
         self.model = build_run_model(config, dataset.vocab_size).to(self.device)
+        self.fogzo: Fogzo | None = None
+        if config.fogzo:
+            self.fogzo = Fogzo(self.model, noise=config.fogzo_noise, samples=config.fogzo_samples, seed=config.seed)
         self.run = open_run(config, dataset, dtype_name(precision))
         self.optimizer = make_optimizer(self.model, config, self.peak)
         self.step = self._restore()
@@ -140,6 +145,7 @@ class _Run:
 
     def go(self) -> TrainingResult:
         self.losses: list[float] = []
+        self.agreements: list[float] = []  # FOGZO's, since the last line of metrics
         self.started, self.logged_step = time.perf_counter(), self.step
         self.paused, self.logged_at = 0.0, time.perf_counter()
         last = min(self.config.steps, self.config.stop_after or self.config.steps)
@@ -165,15 +171,13 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         total = 0.0
-        for index in range(config.accumulation):
-            tokens = self._tokens(self.step * config.accumulation + index)
-            with autocast(self.model, self.precision):
-                logits = logits_of(self.forward, tokens[:, :-1])
-            loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+        for tokens in self._micro_batches():
+            loss = self._loss(tokens)
             if not math.isfinite(value := loss.item()):
                 self._diverge(f"the loss is {value}", first_not_finite(self.model, tokens[:, :-1]))
             (loss / config.accumulation).backward()
             total += value / config.accumulation
+        self._correct_gradients()
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip))
         if not math.isfinite(norm):
             self._diverge(f"the gradient norm is {norm}", first_bad_gradient(self.model))
@@ -182,6 +186,33 @@ class _Run:
         self.step += 1
         self.losses.append(total)
         self.rate, self.norm = rate, norm
+
+    def _micro_batches(self) -> Iterator[Tensor]:
+        for index in range(self.config.accumulation):
+            yield self._tokens(self.step * self.config.accumulation + index)
+
+    def _loss(self, tokens: Tensor) -> Tensor:
+        with autocast(self.model, self.precision):
+            logits = logits_of(self.forward, tokens[:, :-1])
+        return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+
+    def _correct_gradients(self) -> None:
+        """FOGZO, where it is asked for and due: once a step, over the same micro-batches as the gradient."""
+        if self.fogzo is None:
+            return
+        config = self.config
+        last = self.fogzo.balanced_beta if config.fogzo_beta is None else config.fogzo_beta
+        beta = beta_at(self.step, steps=config.steps, start=config.fogzo_start, last=last)
+        if beta is None:
+            return
+
+        def loss() -> float:
+            return sum(self._loss(tokens).item() for tokens in self._micro_batches()) / config.accumulation
+
+        try:
+            self.agreements.append(self.fogzo.correct(loss, beta=beta, step=self.step).agreement)
+        except TrainingDiverged as error:
+            self._diverge(str(error), "the probe's forward pass: the weights themselves gave a finite loss")
 
     def _diverge(self, what: str, where: str) -> None:
         good = list_checkpoints(self.run)
@@ -221,9 +252,11 @@ class _Run:
             tokens_per_second=tokens,
             step_seconds=step_seconds,
             seconds=self.journal.seconds_before + now - self.started,
+            **({"fogzo_agreement": sum(self.agreements) / len(self.agreements)} if self.agreements else {}),
         )
         self.progress.show(self.step, loss, self.rate, tokens, (config.steps - self.step) * step_seconds)
-        self.losses, self.logged_step, self.paused, self.logged_at = [], self.step, 0.0, time.perf_counter()
+        self.losses, self.agreements = [], []
+        self.logged_step, self.paused, self.logged_at = self.step, 0.0, time.perf_counter()
 
     def _log_quantizers(self) -> None:
         entropies = weight_entropies(self.model)
@@ -304,6 +337,7 @@ def summarize(
         "steps": config.steps,
         "tokens_seen": config.steps * config.batch_size * config.accumulation * config.sequence_length,
         "seed": config.seed,
+        "fogzo": config.fogzo,
         "loss": result.loss,
         "perplexity": result.perplexity,
         "bits_per_byte": result.bits_per_byte,
