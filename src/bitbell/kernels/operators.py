@@ -58,6 +58,15 @@ def _cached_hadamard(block: int, dtype: torch.dtype, device: torch.device) -> Te
         return hadamard(block, dtype=dtype, device=device)
 
 
+def _hadamard_like(x: Tensor, block: int, dtype: torch.dtype) -> Tensor:
+    """The Hadamard matrix in `dtype` on the device of `x`."""
+    # The compiler builds the matrix inside the graph; caching there would only leave a graph input behind. Nor may the
+    # cache keep a matrix made for a tensor subclass: under FakeTensorMode it would be fake itself.
+    if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
+        return hadamard(block, dtype=dtype, device=x.device)
+    return _cached_hadamard(block, dtype, x.device)
+
+
 def rotate(x: Tensor, block: int | None) -> Tensor:
     """Rotate the last dimension of `x` (..., C) in consecutive blocks of `block`; None or 1 returns `x` itself.
 
@@ -71,12 +80,7 @@ def rotate(x: Tensor, block: int | None) -> Tensor:
             f"cannot rotate a last dimension of {x.shape[-1]} in blocks of {block}: the block must divide it. "
             f"Use rotation={_suggest(x.shape[-1])}"
         )
-    # The compiler builds the matrix inside the graph; caching there would only leave a graph input behind. Nor may the
-    # cache keep a matrix made for a tensor subclass: under FakeTensorMode it would be fake itself.
-    if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
-        matrix = hadamard(block, dtype=x.dtype, device=x.device)
-    else:
-        matrix = _cached_hadamard(block, x.dtype, x.device)
+    matrix = _hadamard_like(x, block, x.dtype)
     # Autocast would round the rotated values to its narrow type, and codes near a threshold with them.
     with no_autocast(x.device):
         return (x.reshape(-1, block) @ matrix).reshape(x.shape)
@@ -90,7 +94,7 @@ def rotate_gradient(g: Tensor, block: int | None, dtype: torch.dtype) -> Tensor:
     if block is None or block == 1 or dtype not in (torch.bfloat16, torch.float16):
         return rotate(g, block).to(dtype)
     power = 2.0 ** -((block.bit_length() - 1) // 2)
-    matrix = (hadamard(block, device=g.device) * (block**0.5 * power)).to(dtype)
+    matrix = (_hadamard_like(g, block, torch.float32) * (block**0.5 * power)).to(dtype)
     with no_autocast(g.device):
         rotated = (g.to(dtype).reshape(-1, block) @ matrix).reshape(g.shape)
     return rotated if power == block**-0.5 else rotated * (block**-0.5 / power)
