@@ -39,6 +39,8 @@ def test_the_commands_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.Monk
         words = shlex.split(line, comments=True)[1:]
         if words[0] == "train":  # as written but for the number of steps and the data seen at the end
             words += ["--steps", "2", "--batch-size", "2"]
+        if words[0] == "compare":
+            words += ["--steps", "2", "--set", "batch_size=2", "final_windows=2"]
         assert main(words) == 0, line
 
 

@@ -11,7 +11,7 @@ import bitbell
 
 ROOT = Path(bitbell.__file__).parent
 ROAD = ["kernels", "data", "models", "quantizers", "layers", "evaluation", "training", "packing", "reports"]
-ROAD += ["serving", "cli"]
+ROAD += ["comparison", "serving", "cli"]
 
 
 def imported_rooms(path: Path) -> set[str]:

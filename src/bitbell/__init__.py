@@ -11,6 +11,7 @@ The folders are the road that the data takes, and imports point back along it on
     training     a model and batches -> a run folder
     packing      a trained model -> few bytes, and back
     reports      runs -> pictures
+    comparison   methods x bits x seeds x learning rates -> one fair table
     serving      a packed model -> tokens
     cli          the command `bitbell`
 

@@ -68,9 +68,13 @@ def open_run(config: TrainConfig, dataset: TokenDataset, computed_in: str) -> Pa
     return run
 
 
+class RunLocked(ValueError):
+    """Another process on this machine is training the run."""
+
+
 @contextmanager
 def lock_run(run: Path) -> Iterator[None]:
-    """Hold the run for this process. Raises ValueError if another process is training it."""
+    """Hold the run for this process. Raises RunLocked if another process is training it."""
     try:
         import fcntl
     except ImportError:  # not on Windows, where runs are not guarded
@@ -85,7 +89,7 @@ def lock_run(run: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"another process is training {run}; wait for it, or choose another --out") from None
+            raise RunLocked(f"another process is training {run}; wait for it, or choose another --out") from None
         yield
 
 
