@@ -97,6 +97,11 @@ class TrainedLayer(QuantizedLayer, nn.Module):
         """The weight as (out_features, in_features), whichever way round the layer stores it."""
         return self.weight
 
+    @property
+    def weight_offset(self) -> Tensor | None:
+        """What the weight quantizer adds to every value, (out_features, 1) or (1,); None for nothing."""
+        return self.weight_quantizer.offset
+
     def _add_quantizers(self, recipe: Recipe | str) -> None:
         self.recipe = Recipe.parse(recipe) if isinstance(recipe, str) else recipe
         rows, width = self.out_features, self.in_features

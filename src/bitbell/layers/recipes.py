@@ -32,6 +32,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
+FIELDS = ("rotation", "activation_method")  # of a recipe, given among the options of its name
+
+
 @dataclass(frozen=True, repr=False)
 class Recipe:
     """Method, bits and options of a layer's quantizers.
@@ -53,9 +56,11 @@ class Recipe:
     activation_method: str | None = None
 
     def __post_init__(self) -> None:
-        own = find_method(self.method).activation_method or self.method
-        if self.activation_method == own or self.activations is None:
+        if self.activation_method == (find_method(self.method).activation_method or self.method):
             object.__setattr__(self, "activation_method", None)
+        if self.activations is None and (self.activation_options or self.activation_method is not None):
+            given = self.activation_options or {"activation_method": self.activation_method}
+            raise ValueError(f"activations are left alone, so nothing can be said about them; got {dict(given)}")
         self._name_granularity()
         if not METHODS[self.method].for_weights:
             raise ValueError(f"method {self.method!r} quantizes activations only; give it as activation_method")
@@ -77,6 +82,8 @@ class Recipe:
         for argument, kind in (("weight_options", METHODS[self.method]), ("activation_options", self._activations)):
             given = getattr(self, argument)
             named = {"granularity" if key == kind.granularity_option else key: value for key, value in given.items()}
+            if len(named) < len(given):
+                raise ValueError(f"{argument} holds both {kind.granularity_option!r} and 'granularity': one is enough")
             object.__setattr__(self, argument, named)
 
     @classmethod
@@ -86,7 +93,7 @@ class Recipe:
 
         An option holds for both operands that know it; w. or a. before it says which one. Raises ValueError.
         """
-        plain, _, options = name.partition(":")
+        plain, colon, options = name.partition(":")
         found = re.fullmatch(r"([a-z0-9-]+?)-w(\d+)a(\d+)", plain)
         if not found:
             raise ValueError(
@@ -103,31 +110,44 @@ class Recipe:
         recipe = cls(
             method, weights, bits, weight_options=weight_options, activation_options=activation_options if bits else {}
         )
-        return recipe._with_options(options, name) if options else recipe
+        return recipe._with_options(options, name) if colon else recipe
 
     def _with_options(self, options: str, name: str) -> Recipe:
-        fields: dict[str, Any] = {}
+        """This recipe with the options that follow the colon in `name`."""
+        pairs = [option.partition("=") for option in options.split(",")]
+        keys = [key for key, _, _ in pairs]
+        if twice := next((key for key in keys if keys.count(key) > 1), None):
+            raise ValueError(f"recipe {name!r} gives the option {twice!r} twice")
+        fields = {key: _value(text) for key, equals, text in pairs if equals and key in FIELDS}
+        recipe = dataclasses.replace(self, **fields)  # type: ignore[arg-type]
         own = {"w": dict(self.weight_options), "a": dict(self.activation_options)}
-        known = {"w": _known(METHODS[self.method]), "a": _known(self._activations) if self.activations else []}
-        for option in options.split(","):
-            key, equals, text = option.partition("=")
-            side, dot, bare = key.partition(".")
+        for key, equals, text in pairs:
+            if key in FIELDS and equals:
+                continue
+            side, dot, bare = key.rpartition(".")
             if not equals or (dot and side not in own):
                 raise ValueError(
-                    f"recipe {name!r}: an option is written key=value, w.key=value or a.key=value, got {option!r}"
+                    f"recipe {name!r}: an option is written key=value, w.key=value or a.key=value, "
+                    f"got {key + equals + text!r}"
                 )
-            sides = [side] if dot else [s for s in own if key in known[s]]
-            if key in ("rotation", "activation_method"):
-                fields[key] = _value(text)
-                continue
-            if not sides or (dot and bare not in known[side]):
-                there_is = sorted({*known["w"], *known["a"], "rotation"} if not dot else known[side])
-                close = difflib.get_close_matches(bare if dot else key, there_is, n=1)
-                hint = f" Did you mean {close[0]!r}?" if close else ""
-                raise ValueError(f"recipe {name!r} has no option {key!r}; there are {', '.join(there_is)}.{hint}")
-            for s in sides:
-                own[s][bare if dot else key] = _value(text)
-        return dataclasses.replace(self, weight_options=own["w"], activation_options=own["a"], **fields)
+            for operand in recipe._operands_that_know(bare, side, name):
+                own[operand][bare] = _value(text)
+        return dataclasses.replace(recipe, weight_options=own["w"], activation_options=own["a"])
+
+    def _operands_that_know(self, option: str, side: str, name: str) -> list[str]:
+        """Which of "w" and "a" an option holds for; `side` asks for one of them. Raises ValueError for an unknown
+        one."""
+        known = {"w": _known(METHODS[self.method]), "a": _known(self._activations) if self.activations else []}
+        found = [s for s in ([side] if side else known) if option in known[s]]
+        if not found:
+            there_is = known[side] if side else sorted({*known["w"], *known["a"], *FIELDS})
+            close = difflib.get_close_matches(option, there_is, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            of = {"": "", "w": " of weights", "a": " of activations"}[side]
+            raise ValueError(
+                f"recipe {name!r} has no option {option!r}{of}; there are {', '.join(there_is) or 'none'}.{hint}"
+            )
+        return found
 
     @property
     def name(self) -> str:
@@ -201,9 +221,12 @@ class Recipe:
         kind = self._activations
         options = {**kind.layer_activation_options, "rotation": rotation, **self.activation_options}
         granularity = options.pop("granularity", None)
-        # A learned scale is one for the tensor; there is nothing to choose.
-        if granularity is not None and (granularity != "tensor" or kind.granularity_option in known_options(kind)):
-            options[kind.granularity_option] = granularity
+        if kind.granularity_option in known_options(kind):
+            options |= {} if granularity is None else {kind.granularity_option: granularity}
+        elif granularity not in (None, "tensor"):
+            raise ValueError(
+                f"granularity of {kind.method} activations must be 'tensor', got {granularity!r}: it learns one scale"
+            )
         return make_quantizer(self._method_of_activations, bits=self.activations, **options)
 
     def to_dict(self) -> dict[str, Any]:

@@ -91,7 +91,8 @@ def _quantized_row(name: str, layer: Any) -> LayerRow:
     bits = layer.recipe.weights
     bias = rows * 4 if layer.bias is not None else 0
     now = sum(t.numel() * t.element_size() for t in (*layer.parameters(), *layer.buffers()))
-    packed = rows * packed_words(columns, bits) * 4 + rows * 4 + bias
+    offset = 0 if layer.weight_offset is None else rows * 4
+    packed = rows * packed_words(columns, bits) * 4 + rows * 4 + offset + bias
     return LayerRow(name, (rows, columns), layer.recipe.name, now, packed)
 
 

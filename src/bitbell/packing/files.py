@@ -20,7 +20,8 @@ from torch import nn
 from bitbell.layers import quantized_layers
 from bitbell.packing.model import PackedModel, shared_groups
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)
 QUANT_METHOD = "bitbell"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 

@@ -66,9 +66,8 @@ class PackedLinear(nn.Module, QuantizedLayer):
         if packed.bias is not None:
             packed.bias.copy_(layer.bias)
         packed.activation_quantizer = activation_quantizer
-        if packed.weight_offset is not None:
-            assert layer.weight_quantizer.offset is not None
-            packed.weight_offset.copy_(layer.weight_quantizer.offset)
+        if packed.weight_offset is not None and layer.weight_offset is not None:
+            packed.weight_offset.copy_(layer.weight_offset)
         packed.rotation, packed.weight_zero_point = layer.weight_quantizer.rotation, layer.weight_quantizer.zero_point
         return packed.requires_grad_(False).eval()
 

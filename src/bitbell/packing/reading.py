@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bitbell.layers import Recipe, SharedInput, is_linear, quantized_layers, replace_module, shape_of
-from bitbell.packing.files import FORMAT_VERSION, QUANT_METHOD, PackedFileError, read_config
+from bitbell.packing.files import QUANT_METHOD, READABLE_VERSIONS, PackedFileError, read_config
 from bitbell.packing.layers import PackedLinear
 from bitbell.packing.model import PackedModel
 
@@ -53,10 +54,10 @@ def _check_quantization(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
         raise PackedFileError(
             f"{where}: quant_method is {quantization.get('quant_method')!r}, bitbell reads {QUANT_METHOD!r}"
         )
-    if quantization.get("format_version") != FORMAT_VERSION:
-        raise PackedFileError(
-            f"{where}: format_version is {quantization.get('format_version')!r}, this bitbell reads {FORMAT_VERSION}"
-        )
+    version = quantization.get("format_version")
+    if type(version) is not int or version not in READABLE_VERSIONS:
+        reads = " and ".join(map(str, READABLE_VERSIONS))
+        raise PackedFileError(f"{where}: format_version is {version!r}, this bitbell reads {reads}")
     recipes, layers, groups = (quantization.get(key) for key in ("recipes", "layers", "shared_inputs"))
     if not isinstance(recipes, list) or not isinstance(layers, dict) or not isinstance(groups, list) or not layers:
         raise PackedFileError(f"{where}: quantization_config needs recipes, layers and shared_inputs")
@@ -196,22 +197,11 @@ def _with_packed_layers(folder: Path, model: nn.Module, quantization: dict[str, 
 
 def _read_recipe(where: Path, fields: Any) -> Recipe:
     try:
-        for options in (fields.get("weight_options", {}), fields.get("activation_options", {})):
-            _check_options(options)
         if not isinstance(fields.get("method"), str):
             raise ValueError(f"method must be a name, got {fields.get('method')!r}")
         return Recipe(**fields)
     except (ValueError, TypeError, AttributeError) as error:
         raise PackedFileError(f"{where}: the recipe {fields!r} is not valid: {error}") from None
-
-
-def _check_options(options: dict[str, Any]) -> None:
-    """Options of a quantizer are names and finite numbers; how many rows it has is the layer's business."""
-    for name, value in options.items():
-        is_number = type(value) in (int, float) and abs(value) < 1e9
-        is_name = isinstance(value, str) and name != "zero_point"
-        if name == "rows" or not (value is None or is_number or is_name):
-            raise ValueError(f"option {name!r} may not be {value!r}")
 
 
 def _share(where: Path, layers: list[PackedLinear]) -> None:
@@ -244,6 +234,7 @@ _DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", t
     torch.int8: "I8",
     torch.bool: "BOOL",
 }
+_OF_QUANTIZERS = re.compile(r"(^|\.)(weight_scale|weight_offset|activation_quantizer\.[a-z_]+)$")  # always float32
 
 
 def _check_tensors(folder: Path, model: nn.Module, header: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
@@ -255,7 +246,8 @@ def _check_tensors(folder: Path, model: nn.Module, header: Mapping[str, tuple[st
         raise PackedFileError(f"{path}: the tensor {name} has no place in the model")
     for name, tensor in expected.items():
         dtype, shape = header[name]
-        floats = tensor.is_floating_point() and dtype in ("F16", "BF16", "F32") and not name.endswith("weight_scale")
+        narrow = dtype in ("F16", "BF16", "F32") and not _OF_QUANTIZERS.search(name)
+        floats = tensor.is_floating_point() and narrow
         if shape != tuple(tensor.shape) or (dtype != _DTYPES.get(tensor.dtype) and not floats):
             raise PackedFileError(
                 f"{path}: the tensor {name} is {dtype} {shape}, "

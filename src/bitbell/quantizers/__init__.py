@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from typing import Any
+from functools import lru_cache
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 from bitbell.quantizers.absmax import AbsMax
 from bitbell.quantizers.base import Quantized, Quantizer, code_histogram, entropy_of
@@ -49,7 +51,7 @@ def find_method(name: str) -> type[Quantizer]:
     """The quantizer class of a method's name. Raises ValueError with a suggestion for an unknown one."""
     if name in METHODS:
         return METHODS[name]
-    close = difflib.get_close_matches(name.lower(), METHODS, n=1)
+    close = difflib.get_close_matches(str(name).lower(), METHODS, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     raise ValueError(f"unknown method {name!r}; there are {', '.join(sorted(METHODS))}.{hint}")
 
@@ -62,12 +64,38 @@ def make_quantizer(method: str, **options: Any) -> Quantizer:
     wrong = [name for name in options if name not in known]
     if wrong:
         raise ValueError(f"{method} has no option {wrong[0]!r}; it has {', '.join(known)}")
+    for name, value in options.items():
+        if name != "bits":  # has an error of its own
+            _check_type(method, name, value, _types_of_options(method)[name])
     return kind(**options)
 
 
 def known_options(kind: type[Quantizer]) -> list[str]:
     """Names of the arguments that a method's quantizer is made from."""
     return list(inspect.signature(kind.__init__).parameters)[1:]
+
+
+@lru_cache
+def _types_of_options(method: str) -> dict[str, tuple[type, ...]]:
+    """Name -> types that the argument may have, from its annotation."""
+    return {name: get_args(hint) or (hint,) for name, hint in get_type_hints(METHODS[method].__init__).items()}
+
+
+def _check_type(method: str, name: str, value: object, allowed: tuple[type, ...]) -> None:
+    """Raise ValueError unless `value` has one of the types: options also come from names of recipes and from files."""
+    # A bool is an int to Python. The bound keeps out NaN, infinity, and integers that no float can hold.
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and -1e9 < value < 1e9
+    fits = {
+        bool: isinstance(value, bool),
+        int: is_number and isinstance(value, int),
+        float: is_number,
+        str: isinstance(value, str),
+        NoneType: value is None,
+    }
+    if not any(fits[kind] for kind in allowed):
+        words = {bool: "true or false", int: "an integer", float: "a number", str: "a name", NoneType: "none"}
+        wanted = " or ".join(words[kind] for kind in allowed)
+        raise ValueError(f"{name} of {method} must be {wanted}, got {name}={value!r}")
 
 
 __all__ = [

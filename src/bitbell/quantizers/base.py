@@ -102,14 +102,17 @@ class Quantizer(nn.Module):
     def calibrate(self, x: Tensor) -> None:
         """Set the scale (and running statistics) from data `x`, and remember that it has happened.
 
-        Raises ValueError if `x` is empty, not finite, or so large that its mean square overflows.
+        Raises ValueError, and leaves everything as it was, if `x` is empty, not finite, or so large that its mean
+        square overflows.
         """
         self.check_input(x)
         if not x.numel() or not bool(torch.isfinite(x).all()):
             what = "an empty tensor" if not x.numel() else "a tensor with NaN or infinity"
             raise ValueError(f"cannot calibrate {self.method} on {what} of shape {tuple(x.shape)}")
+        before = {name: tensor.clone() for name, tensor in self.state_dict().items()}
         scale = self.initial_scale(x).to(self.scale.dtype)
         if not bool(torch.isfinite(scale).all()):
+            self.load_state_dict(before)
             raise ValueError(
                 f"cannot calibrate {self.method}: values up to {float(x.abs().max()):.3g} overflow {scale.dtype}"
             )
@@ -141,7 +144,8 @@ class Quantizer(nn.Module):
         if step is None:
             self.require_calibrated()
             step = self.step()
-        values = self.levels.to(step.device, step.dtype)[codes.long()] * step
+        levels = self.levels.to(step.device, step.dtype) if self.table is None else table_like(self.table, step)
+        values = levels[codes.long()] * step
         return values if self.offset is None else values + self.offset
 
     @property

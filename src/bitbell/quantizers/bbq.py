@@ -124,7 +124,7 @@ class BBQ(Quantizer):
         if self.rms == "running":
             self.running_inverse_rms.copy_(1 / rms.clamp_min(SMALLEST_RMS))
         if self.start is not None:
-            return rms.clamp(self.start, self.start)  # NaN stays NaN
+            return self.start + 0 * rms  # an overflow shows
         return INITIAL_SCALE * rms.clamp_min(SMALLEST_RMS)
 
     def step(self) -> Tensor:

@@ -32,6 +32,7 @@ class FormulaQuantizer(Quantizer):
     """
 
     statistic: ClassVar[str | None] = None
+    grid_zero_point: ClassVar[float] = -0.5  # of the centred codes, where there is no table
     running_size: Tensor
 
     def __init__(
@@ -40,9 +41,8 @@ class FormulaQuantizer(Quantizer):
         rows: int | None = None,
         granularity: str | None = None,
         rotation: int | None = None,
-        zero_point: float = -0.5,
     ) -> None:
-        super().__init__(bits, rows, rotation, zero_point)
+        super().__init__(bits, rows, rotation, self.grid_zero_point)
         allowed = ("token", "tensor", "running") if rows is None else ()
         if granularity is not None and granularity not in allowed:
             why = f"be one of {', '.join(allowed)}" if allowed else "not be given with rows: one scale a row"
@@ -81,9 +81,10 @@ class FormulaQuantizer(Quantizer):
         h = rotate(wide(x), self.rotation)
         size = self._measure(h, frozen)
         q = self.formula(h, size)
-        # Not finite wherever its part of h is not: integer codes cannot say so.
+        # Not finite wherever its part of h is not: integer codes cannot say so, nor values behind a learned clip.
         step = q.step.detach() + 0 * size
-        return q.values, q.codes, step, None if q.offset is None else q.offset.detach(), size
+        values = q.values if self.statistic is not None else q.values + size
+        return values, q.codes, step, None if q.offset is None else q.offset.detach(), size
 
     def _measure(self, h: Tensor, frozen: Tensor | None) -> Tensor:
         if frozen is not None:
@@ -109,9 +110,9 @@ class FormulaQuantizer(Quantizer):
 
     def step(self) -> Tensor:
         """The value of one level, from the stored scale, as the formula has it for a tensor of that size."""
+        size = self.running_size if self.granularity == "running" else self.scale
         with torch.no_grad():
-            probe = self.scale.new_zeros((*self.scale.shape[:-1], 1))
-            return self.formula(probe, self.scale).step
+            return self.formula(size.new_zeros((*size.shape[:-1], 1)), size).step
 
     def decode(self, codes: Tensor, step: Tensor | None = None) -> Tensor:
         """Values of `codes`. With one scale per token the step belongs to the input: pass `quantize(x).step`."""
@@ -138,8 +139,6 @@ class _Formula(torch.autograd.Function):
         ctx.quantizer = quantizer
         ctx.save_for_backward(x, size, *parameters)
         ctx.mark_non_differentiable(*(t for t in (codes, step, offset, size) if t is not None))
-        if quantizer.statistic is None:
-            values = values + size  # an infinity that the clip would hide
         return values, codes, step, offset, size
 
     @staticmethod

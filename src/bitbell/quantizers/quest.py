@@ -67,6 +67,8 @@ class QuEST(Quantizer):
             raise ValueError(f"estimator must be one of {', '.join(ESTIMATORS)}, got estimator={estimator!r}")
         if mask_scale is not None and not mask_scale > 0:
             raise ValueError(f"mask_scale must be positive or None (the trust mask), got {mask_scale}")
+        if mask_scale is not None and estimator != "trust":
+            raise ValueError(f"mask_scale is of estimator='trust', got it with estimator={estimator!r}")
         self.rms = "row" if rows is not None else rms or "token"
         self.mask_scale, self.estimator = mask_scale, estimator
 

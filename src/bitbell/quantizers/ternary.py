@@ -28,6 +28,7 @@ class Ternary(FormulaQuantizer):
     weights_share_scale = True
     activation_method = "absmax"
     statistic = "absmean"
+    grid_zero_point = 0.0
 
     def __init__(
         self,
@@ -36,7 +37,7 @@ class Ternary(FormulaQuantizer):
         granularity: str | None = None,
         rotation: int | None = None,
     ) -> None:
-        super().__init__(bits, rows, granularity, rotation, zero_point=0.0)
+        super().__init__(bits, rows, granularity, rotation)
 
     def formula(self, h: Tensor, size: Tensor) -> Quantized:
         code = (h / size).round().clamp(-1, 1)
