@@ -476,17 +476,20 @@ def test_twenty_corrected_steps_equal_ten_a_stop_and_ten_more(make_config: Make,
 
 
 def test_probes_run_over_the_micro_batches_of_the_gradient(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
+    seen, betas = [], []
 
     def correct(self: Fogzo, loss: Callable[[], float], *, beta: float, step: int) -> Correction:
         assert self.model.training
         with torch.no_grad():
             seen.append(loss())
+        betas.append(beta)
         return Correction(0.0, 1.0)
 
     monkeypatch.setattr(Fogzo, "correct", correct)
     result = train(make_config(recipe="quest-w2a2", steps=4, accumulation=3, fogzo=True, fogzo_start=0.0))
     assert seen == pytest.approx([e["loss"] for e in train_events(result.run)], rel=1e-6)
+    d = result.summary["quantized_parameters"]
+    assert [(1 - beta) * d for beta in betas] == pytest.approx([0, 0.01, 0.02, 0.03], abs=1e-5)
 
 
 def test_a_diverging_probe_stops_the_run_with_its_step(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:

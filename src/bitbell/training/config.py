@@ -97,8 +97,8 @@ class TrainConfig:
     fogzo_start: float = 0.7
     """Share of the steps that are trained plainly first."""
     fogzo_beta: float | None = None
-    """Share of the straight-through direction in the last step's probe; it falls to this from 1. By default 1 - 1/d,
-    for d quantized weights."""
+    """Share of the straight-through direction in the last probe; it falls to this from 1. By default 1 - 0.03/d, for d
+    quantized weights."""
     fogzo_noise: str = "uniform"
     """Shape of the rest of the probe: uniform, logistic or triangular."""
     fogzo_samples: int = 1

@@ -4,12 +4,12 @@ A straight-through gradient g is the gradient of another loss, one without round
 along it tell how much of it is real:
 
     g^ = g / |g|                                    the straight-through direction
-    v  = sqrt(beta) s g^ + sqrt(1 - beta) u         s = +-1; u: noise of mean 0 and variance 1
+    v  = sqrt(beta) g^ + sqrt(1 - beta) u           u: symmetric noise of variance 1
     G  = (L(w + eps v) - L(w - eps v)) / (2 eps) v  takes the place of g
 
 beta = 1 keeps the direction and measures its slope; beta < 1 also explores: E[G] is beta g^ (g^ . true gradient) plus
 1 - beta of the true gradient. eps and the shape of u are those that smooth rounding into the straight-through
-surrogate, E[round(x + eps u)] = x.
+surrogate, E[round(x + eps u)] = x. (The paper's random sign of g^ is left out: G is the same for v and -v.)
 
 Every row of a weight has bins of its own width and so an eps of its own. The formulas then hold for weights in units
 of eps: there the gradient is eps g, and G comes back divided by eps. Bins lie in the rotated domain, so the noise is
@@ -85,9 +85,9 @@ class Fogzo:
         return sum(layer.weight.numel() for layer in self.layers)
 
     @property
-    def balanced_beta(self) -> float:
-        """1 - 1/d for d weights, with which noise and direction are about equally long."""
-        return 1 - 1 / self.num_weights
+    def default_beta(self) -> float:
+        """Where beta ends unless told otherwise: 1 - 0.03 / d for d weights, so that |sqrt(1 - beta) u|^2 = 0.03."""
+        return 1 - 0.03 / self.num_weights
 
     @torch.no_grad()
     def correct(self, loss: Loss, *, beta: float, step: int) -> Correction:
@@ -131,9 +131,8 @@ class Fogzo:
         return estimates, Correction(sum(losses) / len(losses), measured / predicted if predicted else 0.0)
 
     def _directions(self, weights: list[_Weight], length: float, beta: float, random: int) -> list[Tensor]:
-        """v of every weight; `random`, a hash, decides s and u."""
-        s = 1 if random & 1 else -1
-        along = math.sqrt(beta) * s / length if length else 0.0
+        """v of every weight; the number `random` decides u."""
+        along = math.sqrt(beta) / length if length else 0.0
         v = [w.eps * w.gradient * along for w in weights]
         if beta < 1:
             generator = torch.Generator(weights[0].value.device).manual_seed(random)

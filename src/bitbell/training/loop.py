@@ -201,7 +201,7 @@ class _Run:
         if self.fogzo is None:
             return
         config = self.config
-        last = self.fogzo.balanced_beta if config.fogzo_beta is None else config.fogzo_beta
+        last = self.fogzo.default_beta if config.fogzo_beta is None else config.fogzo_beta
         beta = beta_at(self.step, steps=config.steps, start=config.fogzo_start, last=last)
         if beta is None:
             return
