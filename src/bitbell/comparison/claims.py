@@ -21,6 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from bitbell.training.run import write_json
+
 STALE = 600.0  # seconds without renewal
 RENEW = 30.0  # seconds between renewals
 
@@ -148,7 +150,5 @@ def _text(path: Path) -> str:
 
 
 def _mark_released(path: Path) -> None:
-    from bitbell.comparison.outcomes import write_at_once
-
     with contextlib.suppress(OSError):  # it will be stale in time
-        write_at_once(path, json.dumps(identity() | {"released": True}))
+        write_json(path, identity() | {"released": True})

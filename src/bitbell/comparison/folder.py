@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bitbell.comparison.outcomes import Outcome, read_outcome, write_at_once
+from bitbell.comparison.outcomes import Outcome, read_outcome
 from bitbell.comparison.sweep import Sweep, Trial
 from bitbell.training.config import TrainConfig
+from bitbell.training.run import write_json
 
 FORMAT_VERSION = 1
 
@@ -74,7 +75,7 @@ def open_folder(out: str | Path, values: Mapping[str, Any] | None, source: str =
             raise ValueError(f"{out} exists and is not a sweep's folder (no sweep.json in it). Choose another --out")
         stored = replace(sweep, train=sweep.train | {"data": str(Path(sweep.train["data"]).resolve())})
     out.mkdir(parents=True, exist_ok=True)
-    write_at_once(out / "sweep.json", json.dumps(stored.to_dict() | _facts(sweep), indent=2) + "\n")
+    write_json(out / "sweep.json", stored.to_dict() | _facts(sweep))
     return SweepFolder(out), sweep
 
 

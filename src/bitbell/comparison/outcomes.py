@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from bitbell.training.run import write_json
 
 DONE = ("finished", "diverged", "failed")
 
@@ -53,8 +53,7 @@ def read_outcome(run: Path) -> Outcome:
 def write_outcome(run: Path, status: str, seconds: float, message: str = "", **details: Any) -> None:
     """Note in the run's folder how it ended."""
     run.mkdir(parents=True, exist_ok=True)
-    note = {"status": status, "message": message, "seconds": seconds, **details}
-    write_at_once(run / "outcome.json", json.dumps(note, indent=2) + "\n")
+    write_json(run / "outcome.json", {"status": status, "message": message, "seconds": seconds, **details})
 
 
 def forget_failure(run: Path) -> None:
@@ -66,16 +65,6 @@ def forget_failure(run: Path) -> None:
 def drop_checkpoints(run: Path) -> None:
     """Delete a run's checkpoints; its numbers stay."""
     shutil.rmtree(run / "checkpoints", ignore_errors=True)
-
-
-def write_at_once(path: Path, text: str) -> None:
-    """Replace a file as a whole; several processes may do so at the same time."""
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> dict[str, Any]:

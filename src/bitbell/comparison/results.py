@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from bitbell.comparison.folder import SweepFolder
-from bitbell.comparison.outcomes import write_at_once
 from bitbell.comparison.plan import Choice, Look, choose, chosen_trials, known_trials, tune_loss, tune_trials
 from bitbell.comparison.sweep import Gap, Setting, Sweep, Trial
+from bitbell.training.run import write_at_once
 
 NUMBERS = (
     *("loss", "perplexity", "bits_per_byte", "weight_entropy", "activation_entropy", "packed_bytes", "bytes"),

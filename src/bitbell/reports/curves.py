@@ -22,6 +22,7 @@ from bitbell.reports.drawing import (
     new_chart,
     shorten,
     spread,
+    use_log,
 )
 from bitbell.reports.formats import decimals, megabytes, significant
 from bitbell.reports.runs import Event, Run, finite
@@ -112,7 +113,7 @@ def draw_scales(runs: Sequence[Run], looks: Looks, what: str) -> Picture | None:
     low = min(float(found[run.name][2].min()) for run in shown)
     high = max(float(found[run.name][3].max()) for run in shown)
     if low > 0 and high > 10 * low:
-        _use_log(axes, "y")
+        use_log(axes, "y")
     _count_steps(axes)
     label_at_right(axes, labels)
     caption = (
@@ -250,18 +251,6 @@ def _count_steps(axes: Axes) -> None:
     axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k" if abs(x) >= 10_000 else f"{x:g}")
 
 
-def _use_log(axes: Axes, which: str) -> None:
-    """A log axis with plain numbers at 1, 2 and 5 of each decade."""
-    from matplotlib.ticker import LogLocator, NullFormatter
-
-    getattr(axes, f"set_{which}scale")("log")
-    axis = getattr(axes, f"{which}axis")
-    low, high = sorted(axis.get_view_interval())
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,)))
-    axis.set_major_formatter(lambda x, _: f"{x:g}")
-    axis.set_minor_formatter(NullFormatter())
-
-
 def _frame_points(axes: Axes, points: Sequence[tuple[float, float]]) -> None:
     """Limits with room around the points, at least a factor of four across: near sizes shall look near."""
     x, y = np.array(points).T
@@ -269,7 +258,7 @@ def _frame_points(axes: Axes, points: Sequence[tuple[float, float]]) -> None:
     axes.set_xlim(middle / half, middle * half)
     room = max(0.12 * (y.max() - y.min()), 0.01 * abs(y.mean()), 1e-3)
     axes.set_ylim(y.min() - room, y.max() + room)
-    _use_log(axes, "x")
+    use_log(axes, "x")
 
 
 def _label_beside(axes: Axes, labels: Sequence[Label]) -> None:

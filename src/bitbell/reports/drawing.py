@@ -185,6 +185,18 @@ def label_at_right(axes: Axes, labels: Sequence[Label]) -> None:
         )
 
 
+def use_log(axes: Axes, which: str) -> None:
+    """A log axis with plain numbers at 1, 2 and 5 of each decade."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    getattr(axes, f"set_{which}scale")("log")
+    axis = getattr(axes, f"{which}axis")
+    low, high = sorted(axis.get_view_interval())
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,)))
+    axis.set_major_formatter(lambda x, _: f"{x:g}")
+    axis.set_minor_formatter(NullFormatter())
+
+
 def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
     """Places near the `wanted` ones, at least `gap` apart and in their order, within `low` to `high` if
     there is room. Neighbours that touch merge into a block centred on what they wanted."""
@@ -211,11 +223,16 @@ def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list
 def save(picture: Picture, folder: Path) -> str:
     """Write NAME.png and NAME.svg into `folder`; return the SVG for the page."""
     picture.figure.savefig(folder / f"{picture.name}.png", dpi=200, metadata={"Software": None})
-    buffer = io.StringIO()
-    picture.figure.savefig(buffer, format="svg", metadata={"Date": None})
-    svg = buffer.getvalue()
+    svg = to_svg(picture)
     (folder / f"{picture.name}.svg").write_text(svg, encoding="utf-8")
     return inline(svg, picture.name, picture.alt)
+
+
+def to_svg(picture: Picture) -> str:
+    """The picture as an SVG file."""
+    buffer = io.StringIO()
+    picture.figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()
 
 
 def inline(svg: str, name: str, alt: str) -> str:

@@ -8,21 +8,27 @@ Everything that comes from a run folder (names, samples, settings) is escaped wh
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from html import escape
-from importlib import metadata, resources
 from pathlib import Path
-from string import Template
 from typing import Any
 
 from bitbell.reports import formats
 from bitbell.reports.codes import draw_codes
 from bitbell.reports.curves import Looks, draw_entropy, draw_loss, draw_scales, draw_size
 from bitbell.reports.drawing import Look, Picture, drawing_rules, looks, save, slug
+from bitbell.reports.html import (
+    Drawn,
+    key_of,
+    picture_grid,
+    section_start,
+    table_card,
+    version_of,
+    whole_page,
+)
 from bitbell.reports.results import (
     COLUMNS,
     SPREAD_COLUMNS,
@@ -35,16 +41,9 @@ from bitbell.reports.results import (
 )
 from bitbell.reports.runs import Run, read_runs
 from bitbell.reports.words import notes, summarise, with_spread
+from bitbell.training.run import write_at_once
 
 OPEN_HISTOGRAMS = 4  # more pictures than this start folded
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """A picture and its SVG, ready for the page."""
-
-    picture: Picture
-    svg: str
 
 
 def write_report(runs: Sequence[str | Path], out: str | Path) -> Path:
@@ -67,7 +66,7 @@ def write_report(runs: Sequence[str | Path], out: str | Path) -> Path:
         charts = _save(_charts(read, look_of), out / "plots")
         codes = _save(_histograms(read, look_of), out / "plots")
     numbers = as_json(read, groups) | {"plots": [drawn.picture.name for drawn in charts + codes]}
-    _write_at_once(out / "report.json", json.dumps(numbers, indent=1, allow_nan=False) + "\n")
+    write_at_once(out / "report.json", json.dumps(numbers, indent=1, allow_nan=False) + "\n")
     sections = [
         _results(read, groups, look_of),
         _pictures("Training and size", charts),
@@ -77,7 +76,7 @@ def write_report(runs: Sequence[str | Path], out: str | Path) -> Path:
         _layers(read),
         _how_made([str(folder) for folder in runs], out),
     ]
-    _write_at_once(out / "report.html", _fill_in(read, groups, sections))
+    write_at_once(out / "report.html", _fill_in(read, groups, sections))
     return out / "report.html"
 
 
@@ -107,24 +106,18 @@ def _save(pictures: Sequence[Picture], folder: Path) -> list[Drawn]:
 
 
 def _fill_in(runs: Sequence[Run], groups: Sequence[Group], sections: Sequence[str]) -> str:
-    files = resources.files("bitbell.reports")
-    template = Template((files / "page.html").read_text(encoding="utf-8"))
     presets = list(dict.fromkeys(formats.plain(run.config["preset"]) for run in runs if run.config.get("preset")))
     what = f"{len(runs)} training runs" if len(runs) > 1 else runs[0].name
-    return template.substitute(
-        title=escape(f"{what} of {' and '.join(presets[:3])}" if presets and len(runs) > 1 else what),
-        css=(files / "page.css").read_text(encoding="utf-8"),
-        summary=escape(summarise(runs, groups)),
-        sections="\n".join(section for section in sections if section),
-    )
+    title = f"{what} of {' and '.join(presets[:3])}" if presets and len(runs) > 1 else what
+    return whole_page("bitbell report", title, summarise(runs, groups), sections)
 
 
 def _results(runs: Sequence[Run], groups: Sequence[Group], look_of: Looks) -> str:
     winners = {run.name for best, _ in best_of_each_width(groups) for run in best.runs}
     rows = "\n".join(_row(run, look_of[run.name], run.name in winners) for run in runs)
     parts = [
-        _section_start("Results"),
-        _table(
+        section_start("Results"),
+        table_card(
             "Every run",
             "runs",
             _head(COLUMNS),
@@ -152,7 +145,7 @@ def _row(run: Run, look: Look, is_best: bool) -> str:
     badges = f' <span class="badge">best {escape(run.bits)}</span>' if is_best else ""
     if not run.is_finished:
         badges += ' <span class="badge quiet">unfinished</span>'
-    name = f'<th scope="row">{_key(look)}{escape(run.name)}{badges}</th>'
+    name = f'<th scope="row">{key_of(look)}{escape(run.name)}{badges}</th>'
     cells = [
         f'<td class="{column.key}{" text" * column.is_text}">{escape(column.write(column.get(run)))}</td>'
         for column in COLUMNS[1:]
@@ -178,57 +171,24 @@ def _seeds(groups: Sequence[Group]) -> str:
         tds = "".join(f"<td>{escape(cell)}</td>" for cell in [*cells, seeds])
         rows.append(f'<tr><th scope="row">{escape(group.name)}</th>{tds}</tr>')
     hint = "Runs that differ only in their seed: mean and sample standard deviation over the finished ones."
-    return "<br>" + _table("Repeated with other seeds", "runs", _head(head), "\n".join(rows), hint)
-
-
-def _key(look: Look) -> str:
-    """The run's line and mark as they are in the pictures."""
-    dash = "" if look.dash == "solid" else f' stroke-dasharray="{" ".join(f"{1.5 * x:g}" for x in look.dash[1])}"'
-    shapes: dict[str, str] = {
-        "o": '<circle cx="12" cy="6.5" r="4"/>',
-        "s": '<path d="M8.5 3h7v7h-7z"/>',
-        "^": '<path d="M12 2l4.5 8.5h-9z"/>',
-        "D": '<path d="M12 1.5l5 5-5 5-5-5z"/>',
-        "v": '<path d="M12 11l4.5-8.5h-9z"/>',
-        "P": '<path d="M10.3 2h3.4v2.8h2.8v3.4h-2.8V11h-3.4V8.2H7.5V4.8h2.8z"/>',
-        "X": '<path d="M9 1.5l3 3 3-3 2 2-3 3 3 3-2 2-3-3-3 3-2-2 3-3-3-3z"/>',
-        "<": '<path d="M7 6.5l8.5-4.5v9z"/>',
-        ">": '<path d="M17 6.5l-8.5-4.5v9z"/>',
-    }
-    colour = f"var({look.variable})"
-    return (
-        f'<svg class="key" viewBox="0 0 24 13" aria-hidden="true"><path d="M0 6.5h24" stroke="{colour}" '
-        f'stroke-width="2"{dash}/><g fill="{colour}">{shapes[look.marker]}</g></svg>'
-    )
+    return "<br>" + table_card("Repeated with other seeds", "runs", _head(head), "\n".join(rows), hint)
 
 
 def _pictures(title: str, drawn: Sequence[Drawn]) -> str:
     if not drawn:
         nothing = '<p class="hint">The runs have logged nothing that could be drawn yet.</p>'
-        return f"{_section_start(title)}\n{nothing}</section>"
-    return f"{_section_start(title)}\n{_grid(drawn, {})}\n</section>"
+        return f"{section_start(title)}\n{nothing}</section>"
+    return f"{section_start(title)}\n{picture_grid(drawn, {})}\n</section>"
 
 
 def _codes_section(drawn: Sequence[Drawn], look_of: Looks) -> str:
     if not drawn:
         return ""
-    parts = [_section_start("How often each code is used"), _grid(drawn[:OPEN_HISTOGRAMS], look_of)]
+    parts = [section_start("How often each code is used"), picture_grid(drawn[:OPEN_HISTOGRAMS], look_of)]
     rest = drawn[OPEN_HISTOGRAMS:]
     if rest:
-        parts.append(f"<details><summary>{len(rest)} more runs</summary>{_grid(rest, look_of)}</details>")
+        parts.append(f"<details><summary>{len(rest)} more runs</summary>{picture_grid(rest, look_of)}</details>")
     return "\n".join([*parts, "</section>"])
-
-
-def _grid(drawn: Sequence[Drawn], look_of: Looks) -> str:
-    """Pictures side by side; a title that is a run's name gets the run's key."""
-    figures = []
-    for title, picture, svg in ((d.picture.title, d.picture, d.svg) for d in drawn):
-        key = _key(look_of[title]) if title in look_of else ""
-        figures.append(
-            f'<figure class="card"><h3>{key}{escape(title)}</h3>\n{svg}\n'
-            f"<figcaption>{escape(picture.caption)}</figcaption></figure>"
-        )
-    return f'<div class="pictures">\n{"".join(figures)}</div>'
 
 
 def _samples(runs: Sequence[Run]) -> str:
@@ -244,11 +204,11 @@ def _samples(runs: Sequence[Run]) -> str:
     if not cards:
         return ""
     hint = '<p class="hint">The prompt is bold; the rest is what the model wrote, as it came.</p>'
-    return f'{_section_start("Generated text")}\n<div class="samples">{"".join(cards)}</div>{hint}</section>'
+    return f'{section_start("Generated text")}\n<div class="samples">{"".join(cards)}</div>{hint}</section>'
 
 
 def _configurations(runs: Sequence[Run]) -> str:
-    parts = [_section_start("Configuration of each run")]
+    parts = [section_start("Configuration of each run")]
     for run in runs:
         rows = "".join(
             f'<tr><th scope="row">{escape(key)}</th><td>{escape(formats.plain(value))}</td></tr>'
@@ -279,11 +239,12 @@ def _layers(runs: Sequence[Run]) -> str:
     shown = [run for run in runs if run.layers]
     if not shown:
         return ""
-    head = "".join(f'<th scope="col">{title}</th>' for _, title, _ in LAYER_COLUMNS)
-    parts = [_section_start("Layers of each run")]
+    titles = "".join(f'<th scope="col">{title}</th>' for _, title, _ in LAYER_COLUMNS)
+    head = f'<tr><th scope="col" class="text">Layer</th>{titles}</tr>'
+    parts = [section_start("Layers of each run")]
     for run in shown:
         rows = "\n".join(_layer_row(layer) for layer in run.layers)
-        table = _table(f"Layers of {run.name}", "", f'<tr><th scope="col" class="text">Layer</th>{head}</tr>', rows, "")
+        table = table_card(f"Layers of {run.name}", "", head, rows, "")
         parts.append(f"<details><summary>{escape(run.name)}, {len(run.layers)} layers</summary>{table}</details>")
     return "\n".join([*parts, "</section>"])
 
@@ -295,27 +256,14 @@ def _layer_row(layer: dict[str, Any]) -> str:
 
 def _how_made(folders: Sequence[str], out: Path) -> str:
     command = shlex.join(["bitbell", "report", *folders, "--out", str(out)])
-    versions = [f"{name} {_version(name)}" for name in ("bitbell", "matplotlib", "numpy")]
+    versions = [f"{name} {version_of(name)}" for name in ("bitbell", "matplotlib", "numpy")]
     made = ", ".join([*versions, f"Python {platform.python_version()}"])
     return (
-        f"{_section_start('How this page was made')}\n"
+        f"{section_start('How this page was made')}\n"
         f'<div class="card"><code>{escape(command)}</code></div>\n'
         f'<p class="hint">With {escape(made)}. The numbers of the tables are in report.json beside this '
         "page, every picture in plots/ as PNG and SVG.</p></section>"
     )
-
-
-def _table(caption: str, classes: str, head: str, rows: str, hint: str) -> str:
-    foot = f'<p class="hint">{escape(hint)}</p>' if hint else ""
-    return (
-        f'<div class="card scroll" tabindex="0" role="region" aria-label="{escape(caption)}">'
-        f'<table class="{classes}"><caption>{escape(caption)}</caption><thead>{head}</thead>\n'
-        f"<tbody>\n{rows}\n</tbody></table></div>{foot}"
-    )
-
-
-def _section_start(title: str) -> str:
-    return f"<section>\n<h2>{escape(title)}</h2>"
 
 
 def _text_class(column: Column) -> str:
@@ -328,17 +276,3 @@ def _flatten(config: dict[str, Any], above: str = "") -> list[tuple[str, Any]]:
     for key, value in config.items():
         rows += _flatten(value, f"{above}{key}.") if isinstance(value, dict) and value else [(above + key, value)]
     return rows
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "(not installed, run from its source)"
-
-
-def _write_at_once(file: Path, text: str) -> None:
-    """Through a neighbour and a rename, so that an interruption leaves the old file or the new one."""
-    fresh = file.with_name(file.name + ".new")
-    fresh.write_text(text, encoding="utf-8")
-    os.replace(fresh, file)

@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -147,9 +148,17 @@ def load_run(run: str | Path) -> tuple[nn.Module, TrainConfig, int]:
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write JSON so that the file is either the old or the new one, whole."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_at_once(path, json.dumps(values, indent=2) + "\n")
+
+
+def write_at_once(path: Path, text: str) -> None:
+    """Replace a file as a whole, through a neighbour and a rename; several processes may do so at the same time."""
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> dict[str, Any]:
