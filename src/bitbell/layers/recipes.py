@@ -56,7 +56,7 @@ class Recipe:
     activation_method: str | None = None
 
     def __post_init__(self) -> None:
-        if self.activation_method == (find_method(self.method).activation_method or self.method):
+        if self.activation_method == _method_of_activations(self.method, None):
             object.__setattr__(self, "activation_method", None)
         if self.activations is None and (self.activation_options or self.activation_method is not None):
             given = self.activation_options or {"activation_method": self.activation_method}
@@ -104,50 +104,12 @@ class Recipe:
             close = difflib.get_close_matches(variant, VARIANTS, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise ValueError(f"unknown method {variant!r} in recipe {name!r}; there are {', '.join(VARIANTS)}.{hint}")
-        method, weight_options, activation_options = VARIANTS[variant]
+        given = _split_options(options, name) if colon else {}
+        fields = {key: given.pop(key) for key in FIELDS if key in given}
         # Weight-only recipes keep no options for activations that are left alone.
         bits = None if activations == 16 else activations
-        recipe = cls(
-            method, weights, bits, weight_options=weight_options, activation_options=activation_options if bits else {}
-        )
-        return recipe._with_options(options, name) if colon else recipe
-
-    def _with_options(self, options: str, name: str) -> Recipe:
-        """This recipe with the options that follow the colon in `name`."""
-        pairs = [option.partition("=") for option in options.split(",")]
-        keys = [key for key, _, _ in pairs]
-        if twice := next((key for key in keys if keys.count(key) > 1), None):
-            raise ValueError(f"recipe {name!r} gives the option {twice!r} twice")
-        fields = {key: _value(text) for key, equals, text in pairs if equals and key in FIELDS}
-        recipe = dataclasses.replace(self, **fields)  # type: ignore[arg-type]
-        own = {"w": dict(self.weight_options), "a": dict(self.activation_options)}
-        for key, equals, text in pairs:
-            if key in FIELDS and equals:
-                continue
-            side, dot, bare = key.rpartition(".")
-            if not equals or (dot and side not in own):
-                raise ValueError(
-                    f"recipe {name!r}: an option is written key=value, w.key=value or a.key=value, "
-                    f"got {key + equals + text!r}"
-                )
-            for operand in recipe._operands_that_know(bare, side, name):
-                own[operand][bare] = _value(text)
-        return dataclasses.replace(recipe, weight_options=own["w"], activation_options=own["a"])
-
-    def _operands_that_know(self, option: str, side: str, name: str) -> list[str]:
-        """Which of "w" and "a" an option holds for; `side` asks for one of them. Raises ValueError for an unknown
-        one."""
-        known = {"w": _known(METHODS[self.method]), "a": _known(self._activations) if self.activations else []}
-        found = [s for s in ([side] if side else known) if option in known[s]]
-        if not found:
-            there_is = known[side] if side else sorted({*known["w"], *known["a"], *FIELDS})
-            close = difflib.get_close_matches(option, there_is, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            of = {"": "", "w": " of weights", "a": " of activations"}[side]
-            raise ValueError(
-                f"recipe {name!r} has no option {option!r}{of}; there are {', '.join(there_is) or 'none'}.{hint}"
-            )
-        return found
+        own = _options_of_operands(variant, fields.get("activation_method"), bits is not None, given, name)
+        return cls(VARIANTS[variant][0], weights, bits, weight_options=own["w"], activation_options=own["a"], **fields)
 
     @property
     def name(self) -> str:
@@ -181,12 +143,8 @@ class Recipe:
         return options + [f"a.{key}={_text(value)}" for key, value in a.items() if key not in both]
 
     @property
-    def _method_of_activations(self) -> str:
-        return self.activation_method or METHODS[self.method].activation_method or self.method
-
-    @property
     def _activations(self) -> type[Quantizer]:
-        return find_method(self._method_of_activations)
+        return find_method(_method_of_activations(self.method, self.activation_method))
 
     def rotation_for(self, width: int) -> int | None:
         """The rotation block for a layer of input width `width`. Raises ValueError where it cannot be rotated."""
@@ -227,7 +185,7 @@ class Recipe:
             raise ValueError(
                 f"granularity of {kind.method} activations must be 'tensor', got {granularity!r}: it learns one scale"
             )
-        return make_quantizer(self._method_of_activations, bits=self.activations, **options)
+        return make_quantizer(kind.method, bits=self.activations, **options)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON of every field; `Recipe(**that)` is the recipe again."""
@@ -247,6 +205,55 @@ class Recipe:
             and (f.name, getattr(self, f.name)) != ("activation_method", None)
         }
         return f"Recipe({', '.join(f'{name}={value!r}' for name, value in changed.items())})"
+
+
+def _method_of_activations(method: str, asked_for: str | None) -> str:
+    return asked_for or find_method(method).activation_method or method
+
+
+def _split_options(text: str, name: str) -> dict[str, Any]:
+    """ "key=value,w.key=value" as a dictionary. Raises ValueError for what is not written so, or for a key given
+    twice."""
+    options: dict[str, Any] = {}
+    for option in text.split(","):
+        key, equals, value = option.partition("=")
+        if not equals or not re.fullmatch(r"([wa]\.)?[^.]*", key):
+            raise ValueError(
+                f"recipe {name!r}: an option is written key=value, w.key=value or a.key=value, got {option!r}"
+            )
+        if key in options:
+            raise ValueError(f"recipe {name!r} gives the option {key!r} twice")
+        options[key] = _value(value)
+    return options
+
+
+def _options_of_operands(
+    variant: str, activation_method: Any, has_activations: bool, given: dict[str, Any], name: str
+) -> dict[str, dict[str, Any]]:
+    """The variant's options and the `given` ones: of weights under "w", of activations under "a". An option without a
+    letter holds for both that know it. Raises ValueError for one that nobody knows."""
+    method, of_weights, of_activations = VARIANTS[variant]
+    activations = find_method(_method_of_activations(method, activation_method))
+    own = {"w": dict(of_weights), "a": dict(of_activations) if has_activations else {}}
+    known = {"w": _known(METHODS[method]), "a": _known(activations) if has_activations else []}
+    for key, value in given.items():
+        operand, _, option = key.rpartition(".")
+        asked = {operand: known[operand]} if operand else known
+        knowing = [letter for letter, options in asked.items() if option in options]
+        if not knowing:
+            raise ValueError(f"recipe {name!r} {_unknown(option, operand, asked)}")
+        for letter in knowing:
+            own[letter][option] = value
+    return own
+
+
+def _unknown(option: str, operand: str, asked: Mapping[str, list[str]]) -> str:
+    """What to say about an option that none of the operands `asked` knows."""
+    there_is = sorted({*(() if operand else FIELDS), *(name for options in asked.values() for name in options)})
+    close = difflib.get_close_matches(option, there_is, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    of = {"": "", "w": " of weights", "a": " of activations"}[operand]
+    return f"has no option {option!r}{of}; there are {', '.join(there_is) or 'none'}.{hint}"
 
 
 def _known(kind: type[Quantizer]) -> list[str]:
