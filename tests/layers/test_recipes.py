@@ -103,7 +103,7 @@ def states(recipe: Recipe) -> list[dict[str, Any] | None]:
     return [q and q.options() for q in recipe.quantizers_for(4, 128)]
 
 
-@settings(derandomize=True, max_examples=300, deadline=None)
+@settings(derandomize=True, max_examples=200, deadline=None)
 @given(recipes())
 def test_name_repr_and_json_of_any_recipe_are_the_recipe_again(recipe: Recipe) -> None:
     named, called = Recipe.parse(recipe.name), eval(repr(recipe))
