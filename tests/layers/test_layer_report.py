@@ -60,6 +60,14 @@ def test_bytes_are_those_of_codes_scales_and_biases() -> None:
     assert rows["norm"].bytes_now == 2 * 32 * 4
 
 
+def test_a_learned_weight_offset_is_one_more_number_a_row() -> None:
+    plain, with_offset = (
+        report(quantize(model(), f"bbq-w3a3{options}")).rows for options in ("", ":learn_offset=true")
+    )
+    for row, other in zip(plain, with_offset, strict=True):
+        assert other.bytes_packed - row.bytes_packed == (0 if row.reason else row.shape[0] * 4)
+
+
 def test_totals_add_up_and_shared_parameters_count_once() -> None:
     tied = model()
     untied = report(tied).bytes_now

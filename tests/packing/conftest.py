@@ -39,8 +39,8 @@ def layer(recipe: Recipe | str, width: int = 64, rows: int = 24, *, bias: bool =
         trained = QuantLinear(width, rows, recipe, bias=bias)
         bitbell.calibrate(nn.Sequential(trained), 3 * torch.randn(8, width) + 0.5)
         trained.weight.add_(0.05 * torch.randn(rows, width))
-        for parameter in trained.parameters():
-            parameter.mul_(1.1)
+        for name, parameter in trained.named_parameters():
+            parameter.mul_(1.1).add_(0.05 if name.endswith("offset") else 0.0)
         trained.train()(torch.randn(8, width))  # moves running statistics
     return trained.eval()
 

@@ -21,7 +21,20 @@ def pair(make_llama: MakeLlama) -> tuple[Any, Any]:
     return model, bitbell.pack(model)
 
 
-@pytest.mark.parametrize("recipe", ["bbq-w2a2", "bbq-tensor-w3a3", "quest-w1a1", "lsq-w4a4", "bbq-w8a8", "bbq-w4a16"])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "bbq-w2a2",
+        "bbq-tensor-w3a3",
+        "quest-w1a1",
+        "lsq-w4a4",
+        "bbq-w8a8",
+        "bbq-w4a16",
+        "nf-w4a4",
+        "lsq-plus-w2a2",
+        "n2uq-w2a2",
+    ],
+)
 def test_a_faithful_twin_passes_and_the_result_says_what_was_compared(make_llama: MakeLlama, recipe: str) -> None:
     model = make_llama(recipe)
     result = bitbell.verify(model, bitbell.pack(model))
@@ -70,6 +83,18 @@ def test_a_changed_weight_scale_is_found(pair: tuple[Any, Any]) -> None:
     model, packed = pair
     packed.model.model.layers[0].self_attn.v_proj.weight_scale[3] *= 1 + 2e-7
     with pytest.raises(VerificationError, match=r"self_attn.v_proj: the weight scales differ"):
+        bitbell.verify(model, packed)
+
+
+def test_a_changed_weight_offset_is_found(make_llama: MakeLlama) -> None:
+    model = make_llama("bbq-w2a2:learn_offset=true")
+    packed = bitbell.pack(model)
+    projection = packed.model.model.layers[0].self_attn.v_proj
+    projection.weight_offset[3] += 1e-9
+    with pytest.raises(VerificationError, match=r"self_attn.v_proj: the weight offsets differ"):
+        bitbell.verify(model, packed)
+    projection.weight_offset = None
+    with pytest.raises(VerificationError, match=r"self_attn.v_proj: only one of the two has a weight offset"):
         bitbell.verify(model, packed)
 
 

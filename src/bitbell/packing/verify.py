@@ -77,6 +77,11 @@ def _compare_weights(name: str, layer: TrainedLayer, packed: PackedLinear) -> in
         raise VerificationError(f"{name}: {different} of {ours.numel()} weight codes differ")
     if not torch.equal(weight_step(layer), packed.weight_scale):
         raise VerificationError(f"{name}: the weight scales differ")
+    offset, packed_offset = layer.weight_offset, packed.weight_offset
+    if (offset is None) != (packed_offset is None):
+        raise VerificationError(f"{name}: only one of the two has a weight offset")
+    if offset is not None and not bool((offset == packed_offset).all()):
+        raise VerificationError(f"{name}: the weight offsets differ")
     return ours.numel()
 
 
