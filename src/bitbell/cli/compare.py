@@ -61,7 +61,7 @@ def compare(
         say=lambda text: print(text, file=sys.stderr, flush=True),
     )
     print(result.table)
-    print(f"\n{_how_it_stands(result.ended, result.done, result.runs)}: {result.out / 'table.md'}")
+    print(f"\n{_how_it_stands(result.ended, result.done, result.runs)}: {result.out / 'index.html'}")
     if result.failed:
         print(f"bitbell compare: {len(result.failed)} runs failed: {', '.join(result.failed)}", file=sys.stderr)
     return result.exit_status

@@ -72,10 +72,15 @@ def pending(sweep: Sweep, look: Look) -> list[Trial]:
     return [trial for trial in trials if not look(trial).is_done]
 
 
-def count(sweep: Sweep) -> int:
-    """How many runs the sweep has in all, if every setting finds a rate."""
-    each = sweep.tune_seeds * len(sweep.learning_rates) + len(sweep.seeds) - sweep.tune_seeds
-    return each * len(sweep.settings)
+def count(sweep: Sweep, look: Look) -> int:
+    """How many runs the sweep has in all, if every setting that may still find a rate does."""
+    tune, rest = sweep.tune_seeds * len(sweep.learning_rates), len(sweep.seeds) - sweep.tune_seeds
+    return sum(tune if _is_hopeless(sweep, setting, look) else tune + rest for setting in sweep.settings)
+
+
+def _is_hopeless(sweep: Sweep, setting: Setting, look: Look) -> bool:
+    """Whether a run diverged at every rate."""
+    return all(tune_loss(sweep, setting, rate, look) == math.inf for rate in sweep.learning_rates)
 
 
 def known_trials(sweep: Sweep, look: Look) -> list[Trial]:

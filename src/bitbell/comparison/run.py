@@ -164,8 +164,8 @@ def _tell(started: list[subprocess.Popen[bytes]], number: int) -> None:
 
 def _finish(folder: SweepFolder, sweep: Sweep, ended: End) -> SweepResult:
     sweep = folder.newest(sweep)
-    write_results(folder, sweep)
+    write_results(folder, sweep, at_end=True)
     trials = known_trials(sweep, folder.look)
     failed = tuple(trial.name for trial in trials if folder.look(trial).status == "failed")
     done = sum(folder.look(trial).is_done for trial in trials)
-    return SweepResult(folder.path, ended, done, count(sweep), failed, markdown(sweep, folder.look))
+    return SweepResult(folder.path, ended, done, count(sweep, folder.look), failed, markdown(sweep, folder.look))

@@ -145,8 +145,15 @@ def work_on(
                 time.sleep(POLL)
                 continue
             say(_line(folder, sweep, trial))
-            write_tables(sweep)
+            _write(write_tables, sweep, say)
     return "interrupted"
+
+
+def _write(write_tables: Callable[[Sweep], None], sweep: Sweep, say: Callable[[str], None]) -> None:
+    try:
+        write_tables(sweep)
+    except Exception as error:  # no table is worth a sweep of days; at its end the error shows
+        say(f"the tables could not be written, the sweep goes on: {type(error).__name__}: {error}")
 
 
 def expected_seconds(sweep: Sweep, folder: SweepFolder) -> float:
@@ -196,4 +203,4 @@ def _line(folder: SweepFolder, sweep: Sweep, trial: Trial) -> str:
     outcome = folder.look(trial)
     done = sum(folder.look(other).is_done for other in known_trials(sweep, folder.look))
     what = f"loss {outcome.loss:.4f}" if outcome.status == "finished" else f"{outcome.status}: {outcome.message}"
-    return f"[{done}/{count(sweep)}] {trial.name}  {what}  {outcome.seconds or 0:.1f} s"
+    return f"[{done}/{count(sweep, folder.look)}] {trial.name}  {what}  {outcome.seconds or 0:.1f} s"

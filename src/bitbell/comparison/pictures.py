@@ -1,0 +1,228 @@
+"""Pictures of a sweep: loss curves, quality against bits, entropy against loss, and loss against learning rate.
+
+A method has one look in every picture. A table row's runs, one a seed, are drawn as their mean.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from bitbell.comparison.folder import SweepFolder
+from bitbell.comparison.plan import tune_loss
+from bitbell.comparison.rows import Row
+from bitbell.comparison.sweep import Sweep
+from bitbell.reports.curves import draw_loss
+from bitbell.reports.drawing import (
+    CARD,
+    COLOURS,
+    DASHES,
+    INK,
+    MARKERS,
+    MUTED,
+    Label,
+    Look,
+    Picture,
+    label_at_right,
+    new_chart,
+    use_log,
+)
+from bitbell.reports.runs import Run, finite, read_run
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Looks = dict[str, Look]
+
+
+def method_looks(sweep: Sweep) -> Looks:
+    """A hue, dash and marker for each label; full precision, the yardstick, is drawn in ink."""
+    found: Looks = {}
+    quantized = 0
+    for label, recipe in sweep.methods.items():
+        n = quantized
+        if recipe != "none":
+            quantized += 1
+        colour = INK if recipe == "none" else COLOURS[n % len(COLOURS)]
+        found[label] = Look(colour, DASHES[n // len(COLOURS) % len(DASHES)], MARKERS[len(found) % len(MARKERS)])
+    return found
+
+
+def draw_all(folder: SweepFolder, sweep: Sweep, rows: Sequence[Row]) -> list[Picture]:
+    """Every picture that the rows have numbers for."""
+    looks = method_looks(sweep)
+    widths = _widths(rows)
+    drawn = [draw_quality(rows, looks), draw_entropy_and_loss(rows, looks)]
+    drawn += [draw_rates(folder, sweep, bits, rows, looks) for bits in widths]
+    drawn += [draw_curves(folder, bits, rows, looks) for bits in widths]
+    return [picture for picture in drawn if picture is not None]
+
+
+def draw_quality(rows: Sequence[Row], looks: Looks) -> Picture | None:
+    """Loss at each width, with the spread of the seeds, and full precision as a line across."""
+    known = [row for row in rows if row.loss is not None]
+    widths = sorted({row.setting.bits for row in known if row.setting.bits}, key=_bits_of)
+    if not widths:
+        return None
+    labels = list(dict.fromkeys(row.setting.label for row in known))
+    figure, axes = new_chart([row.label for row in known], "Width", "Validation loss (nats per token)", 260)
+    marks = []
+    quantized = [label for label in labels if any(r.setting.label == label and r.setting.bits for r in known)]
+    for row in known:
+        if row.setting.bits is None:
+            _draw_level(axes, row, looks[row.setting.label])
+            marks.append(Label(row.label, len(widths) - 0.6, row.loss or 0.0, INK))
+    for place, label in enumerate(quantized):
+        mine = sorted((r for r in known if r.setting.label == label), key=lambda r: widths.index(r.setting.bits or ""))
+        shift = 0.04 * (place - (len(quantized) - 1) / 2) * min(1.0, 10 / len(quantized))
+        x = [widths.index(row.setting.bits or "") + shift for row in mine]
+        _draw_points(axes, x, mine, looks[label])
+        marks.append(Label(label, x[-1], mine[-1].loss or 0.0, looks[label].colour))
+    axes.set_xticks(range(len(widths)), [bits.upper() for bits in widths])
+    axes.set_xlim(-0.4, len(widths) - 0.6)
+    label_at_right(axes, marks)
+    caption = (
+        "Mean over the seeds at each method's own best learning rate; bars and the band are one standard deviation "
+        "to either side. The line across is full precision."
+    )
+    return Picture("quality", "Quality against bits", caption, _alt("Validation loss by width", known), figure)
+
+
+def draw_entropy_and_loss(rows: Sequence[Row], looks: Looks) -> Picture | None:
+    """Each setting by the share of its weight bits that carry information, and its loss."""
+    points = []
+    for row in rows:
+        entropy = row.numbers["weight_entropy"]
+        if row.loss is not None and entropy is not None and row.setting.bits:
+            points.append((entropy / _bits_of(row.setting.bits)[0], row.loss, row))
+    if not points:
+        return None
+    title = "Weight entropy, as a share of the bit width"
+    figure, axes = new_chart([], title, "Validation loss (nats per token)", 260)
+    for x, y, row in points:
+        look = looks[row.setting.label]
+        axes.plot([x], [y], look.marker, color=look.colour, markersize=6, markeredgecolor=CARD, mew=0.6)
+        axes.annotate(
+            f"{_bits_of(row.setting.bits or '')[0]:g}",
+            (x, y),
+            xytext=(5, 0),
+            textcoords="offset points",
+            fontsize=6.5,
+            color=MUTED,
+            va="center_baseline",
+        )
+    axes.margins(0.08)
+    caption = (
+        "One mark a row of the table; the small number is the bit width of the weights. Colours and marks: see there."
+    )
+    alt = "Scatter chart of validation loss against weight entropy. " + "; ".join(
+        f"{row.name} {x:.3f}, {y:.3f}" for x, y, row in points
+    )
+    return Picture("entropy-loss", "Entropy against loss", caption, alt, figure)
+
+
+def draw_rates(
+    folder: SweepFolder, sweep: Sweep, bits: str | None, rows: Sequence[Row], looks: Looks
+) -> Picture | None:
+    """Loss of the tune seeds at every learning rate, for the methods of a width; the chosen ones are filled."""
+    if len(sweep.learning_rates) < 2:
+        return None
+    curves = []
+    for row in _of_width(rows, bits):
+        losses = [(rate, tune_loss(sweep, row.setting, rate, folder.look)) for rate in sweep.learning_rates]
+        known = [(rate, loss) for rate, loss in losses if loss is not None and math.isfinite(loss)]
+        if known:
+            curves.append((row, known))
+    if not any(row.setting.bits == bits for row, _ in curves):
+        return None
+    figure, axes = new_chart([row.label for row, _ in curves], "Learning rate", "Loss of the tune seeds")
+    labels = []
+    for row, known in curves:
+        look = looks[row.setting.label]
+        x, y = zip(*known, strict=True)
+        axes.plot(x, y, look.marker, color=look.colour, linestyle=look.dash, lw=1.2, ms=4.5, mfc=CARD, mew=1)
+        if row.choice:
+            best = dict(known)[row.choice.learning_rate]
+            axes.plot([row.choice.learning_rate], [best], look.marker, color=look.colour, markersize=6)
+        labels.append(Label(row.label, x[-1], y[-1], look.colour))
+    use_log(axes, "x")
+    axes.set_xticks(sweep.learning_rates, [f"{rate:g}" for rate in sweep.learning_rates])
+    axes.minorticks_off()
+    label_at_right(axes, labels)
+    caption = "Filled: the chosen rate. A rate at which a run diverged has no point."
+    alt = "Line chart of loss by learning rate. Chosen: " + ", ".join(
+        f"{row.name} {row.choice.learning_rate:g}" for row, _ in curves if row.choice
+    )
+    return Picture(f"rates-{bits or 'full'}", f"Learning rates, {_width_name(bits)}", caption, alt, figure)
+
+
+def draw_curves(folder: SweepFolder, bits: str | None, rows: Sequence[Row], looks: Looks) -> Picture | None:
+    """Training loss at the chosen rates, for the methods of a width: the mean over the seeds."""
+    mine = [row for row in _of_width(rows, bits) if row.losses]
+    if not any(row.setting.bits == bits for row in mine):
+        return None
+    means = [mean_run(row.label, _runs(folder, row)) for row in mine]
+    picture = draw_loss(means, {row.label: looks[row.setting.label] for row in mine})
+    if picture is None:
+        return None
+    caption = f"Mean over the seeds, each method at its best learning rate. {picture.caption}"
+    title = f"Loss over training, {_width_name(bits)}"
+    return replace(picture, name=f"loss-{bits or 'full'}", title=title, caption=caption)
+
+
+def mean_run(name: str, runs: Sequence[Run]) -> Run:
+    """One run in place of several seeds: at each step that all have logged, the mean of their losses."""
+    train, valid = (_mean_events([getattr(run, kind) for run in runs]) for kind in ("train", "valid"))
+    summary = {"loss": statistics.fmean(run.number("loss") or math.nan for run in runs)}
+    return replace(runs[0], name=name, train=train, valid=valid, summary=summary)
+
+
+def _mean_events(logs: Iterable[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
+    by_step = [{event["step"]: event["loss"] for event in log if finite(event.get("loss"))} for log in logs]
+    steps = sorted(set.intersection(*(set(found) for found in by_step)))
+    return [{"step": step, "loss": statistics.fmean(found[step] for found in by_step)} for step in steps]
+
+
+def _runs(folder: SweepFolder, row: Row) -> list[Run]:
+    return [read_run(folder.run(trial)) for trial in row.trials if folder.look(trial).status == "finished"]
+
+
+def _draw_level(axes: Axes, row: Row, look: Look) -> None:
+    loss, deviation = row.loss or 0.0, row.deviation or 0.0
+    axes.axhline(loss, color=look.colour, linewidth=1, linestyle=look.dash)
+    axes.axhspan(loss - deviation, loss + deviation, color=look.colour, alpha=0.08, linewidth=0)
+
+
+def _draw_points(axes: Axes, x: Sequence[float], rows: Sequence[Row], look: Look) -> None:
+    y = [row.loss or 0.0 for row in rows]
+    bars = [row.deviation or 0.0 for row in rows]
+    axes.errorbar(x, y, bars, color=look.colour, linestyle="none", elinewidth=0.8, capsize=1.5, alpha=0.7)
+    axes.plot(x, y, look.marker, color=look.colour, linestyle=look.dash, lw=1, ms=4.5, mec=CARD, mew=0.5)
+
+
+def _of_width(rows: Sequence[Row], bits: str | None) -> list[Row]:
+    """The rows of a width, and full precision as their yardstick."""
+    return [row for row in rows if row.setting.bits in (None, bits)]
+
+
+def _widths(rows: Sequence[Row]) -> list[str | None]:
+    """The widths of the table; full precision alone only where there is nothing else."""
+    found = list(dict.fromkeys(row.setting.bits for row in rows if row.setting.bits))
+    return [*found] or [None]
+
+
+def _bits_of(width: str) -> tuple[int, int]:
+    """(2, 4) for "w2a4"."""
+    weights, _, activations = width[1:].partition("a")
+    return int(weights), int(activations)
+
+
+def _width_name(bits: str | None) -> str:
+    return bits.upper() if bits else "full precision"
+
+
+def _alt(what: str, rows: Sequence[Row]) -> str:
+    return f"{what}: " + "; ".join(f"{row.name} {row.loss:.3f}" for row in rows) + "."
