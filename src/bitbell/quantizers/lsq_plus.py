@@ -20,7 +20,7 @@ from bitbell.kernels import rotate
 from bitbell.quantizers.base import Quantized, wide
 from bitbell.quantizers.formula import FormulaQuantizer
 from bitbell.quantizers.quest import OPTIMAL_CLIP
-from bitbell.quantizers.steps import SMALLEST_SIZE, round_through, scale_gradient
+from bitbell.quantizers.steps import SMALLEST_SIZE, at_least, round_through, scale_gradient
 
 
 class LSQPlus(FormulaQuantizer):
@@ -44,7 +44,7 @@ class LSQPlus(FormulaQuantizer):
     def formula(self, h: Tensor, size: Tensor) -> Quantized:
         half = 2 ** (self.bits - 1)
         factor = 1 / math.sqrt(max(h.numel(), 1) * max(half - 1, 1))
-        step = scale_gradient(self.scale.to(h.dtype).clamp_min(SMALLEST_SIZE), factor)
+        step = scale_gradient(at_least(self.scale.to(h.dtype), SMALLEST_SIZE), factor)
         offset = None if self.offset is None else scale_gradient(self.offset.to(h.dtype), factor)
         centred = h if offset is None else h - offset
         code = round_through((centred / step - 0.5).clamp(-half, half - 1))

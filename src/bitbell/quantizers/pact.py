@@ -20,7 +20,7 @@ from torch import Tensor
 from bitbell.kernels import rotate
 from bitbell.quantizers.base import Quantized, wide
 from bitbell.quantizers.formula import FormulaQuantizer
-from bitbell.quantizers.steps import SMALLEST_SIZE, mid_rise, straight_through
+from bitbell.quantizers.steps import SMALLEST_SIZE, at_least, mid_rise, straight_through
 
 
 class PACT(FormulaQuantizer):
@@ -36,11 +36,11 @@ class PACT(FormulaQuantizer):
         super().__init__(bits, rows, rotation=rotation)
 
     def formula(self, h: Tensor, size: Tensor) -> Quantized:
-        clip = self.scale.to(h.dtype).clamp_min(SMALLEST_SIZE)
+        clip = at_least(self.scale.to(h.dtype), SMALLEST_SIZE)
         step = 2 * clip.detach() / (2**self.bits - 1)
         code = mid_rise(h / step, self.bits)
         # The clipped input carries both gradients: to h inside the clip, to the clip itself beyond it.
-        clipped = torch.minimum(torch.maximum(h, -clip), clip)
+        clipped = torch.clamp(h, -clip, clip)
         return Quantized(straight_through((code + 0.5) * step, clipped), code.to(torch.int8), step)
 
     def initial_scale(self, x: Tensor) -> Tensor:

@@ -5,8 +5,8 @@
     y = a (k + 1/2) / m                                1 bit: y = a sign(x)
 
 Backward, straight through the rounding: dL/dx where |x / a| <= 0.99; dL/da = sum(dL/dy * t) / sqrt(numel Qp), where
-t = y/a - x/a inside the clip and the outermost level outside it (1 bit: t = sign(x)), and Qp = max(m - 1, 1). The range
-starts at max|x|, per row for weights and one for activations.
+t = y/a - x/a inside the clip and y/a outside it (1 bit: t = sign(x)), and Qp = max(m - 1, 1). The range starts at
+max|x|, per row for weights and one for activations.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from bitbell.kernels import rotate
 from bitbell.quantizers.base import Quantized, wide
 from bitbell.quantizers.formula import FormulaQuantizer
-from bitbell.quantizers.steps import mid_rise, round_through, scale_gradient, size_of, straight_through
+from bitbell.quantizers.steps import at_least, mid_rise, round_through, scale_gradient, size_of, straight_through
 
 CLIP = 0.99
 SMALLEST_RANGE = 1e-5
@@ -38,7 +38,7 @@ class SEQ(FormulaQuantizer):
     def formula(self, h: Tensor, size: Tensor) -> Quantized:
         m = 2 ** (self.bits - 1)
         factor = 1 / math.sqrt(max(h.numel(), 1) * max(m - 1, 1))
-        reach = scale_gradient(self.scale.to(h.dtype).clamp_min(SMALLEST_RANGE), factor)
+        reach = scale_gradient(at_least(self.scale.to(h.dtype), SMALLEST_RANGE), factor)
         ratio = h / reach
         if self.bits == 1:
             code = mid_rise(ratio, 1)

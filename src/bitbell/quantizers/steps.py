@@ -4,9 +4,9 @@
     round_through      nearest integer; the gradient passes unchanged
     straight_through   given values in place of x; the gradient passes, all of it or where a mask says
     scale_gradient     the same value; its gradient times a factor
+    at_least           a learned scale, never below a floor; the gradient passes
     mid_rise           code of the nearest half-integer level
     nearest            index of the nearest level, by the midpoints between levels
-    trust_window       how far from zero a uniform grid's error stays within half a step
 
 Rotation is in `bitbell.kernels`. Everything here is an ordinary differentiable function of tensors in float32 or
 float64.
@@ -88,6 +88,11 @@ class _ScaleGradient(torch.autograd.Function):
         return g * ctx.factor, None
 
 
+def at_least(scale: Tensor, smallest: float) -> Tensor:
+    """`scale`, or `smallest` where training has driven it below; the gradient passes, so that it may come back."""
+    return straight_through(scale.clamp_min(smallest), scale)
+
+
 def mid_rise(ratio: Tensor, bits: int) -> Tensor:
     """Centred code (float, no gradient) of the nearest half-integer level to `ratio`: clip(round(ratio - 1/2))."""
     half = 2 ** (bits - 1)
@@ -97,8 +102,3 @@ def mid_rise(ratio: Tensor, bits: int) -> Tensor:
 def nearest(ratio: Tensor, levels: Tensor) -> Tensor:
     """Index (int64) of the level nearest to each value of `ratio`; the lower one on a tie. `levels`: (L,), rising."""
     return torch.bucketize(ratio.detach().contiguous(), (levels[1:] + levels[:-1]) / 2)
-
-
-def trust_window(outermost: float, gap: float) -> float:
-    """Up to where rounding to a grid errs by at most half of its last gap: outermost level plus gap / 2."""
-    return outermost + gap / 2
