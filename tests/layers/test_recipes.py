@@ -420,6 +420,7 @@ def test_wrong_options_are_refused_where_they_are_written() -> None:
         ("rotation=96", r"rotation must be 'auto', a power of two or None, got 96"),
         ("activation_method=bqq", r"unknown method 'bqq'.*Did you mean 'bbq'\?"),
         ("activation_method=7", r"unknown method 7"),
+        ("activation_method=", r"unknown method ''"),
         ("normalise=maybe", r"normalise of bbq must be true or false, got normalise='maybe'"),
         ("zero_point=nan", r"zero_point of bbq must be a number or none, got zero_point=nan"),
         ("zero_point=1e999", r"zero_point of bbq must be a number or none, got zero_point=inf"),

@@ -15,7 +15,10 @@ import torch
 from torch import Tensor, nn
 
 import bitbell
+from bitbell.layers import Recipe
+from bitbell.layers.recipes import VARIANTS
 from bitbell.packing import PackedFileError, PackedModel
+from bitbell.quantizers import METHODS
 
 MakeLlama = Callable[..., Any]
 
@@ -47,6 +50,69 @@ def test_what_is_loaded_gives_the_logits_of_what_was_saved(
     loaded = bitbell.load(packed.save(tmp_path / "packed"))
     assert torch.equal(loaded(tokens).logits, packed(tokens).logits)
     assert bitbell.verify(model, loaded).layers == 7
+
+
+def drifted(model: nn.Module) -> nn.Module:
+    """`model` with its quantizers' parameters and statistics moved, as training does."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "quantizer" in name:
+                parameter.mul_(1.1).add_(0.01)
+    model.train()(torch.randn(8, 64))
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        f"{variant}-w{METHODS[method].widths[-1]}a4"
+        for variant, (method, _, _) in VARIANTS.items()
+        if method != "ternary"
+    ]
+    + [
+        "ternary-w2a8",
+        "bbq-w3a2:learn_offset=true,rms_gradient=false",
+        "bbq-w2a2:zero_point=-0.25,normalise=false,start=0.5",
+        "lsq-plus-w3a3:w.asymmetric=true,w.granularity=row",
+        "quest-w4a4:estimator=identity,granularity=tensor",
+        "nf-w4a16:granularity=tensor",
+        "nf-w3a2:a.granularity=running,rotation=32",
+        "n2uq-w4a4:w.estimator=identity",
+        "ternary-w2a4:activation_method=lsq-plus",
+    ],
+)
+def test_every_method_and_its_options_survive_the_files(tmp_path: Path, recipe: str) -> None:
+    model, x = bitbell.quantize(small_network(), recipe), torch.randn(6, 64)
+    bitbell.calibrate(model, x)
+    packed = bitbell.pack(drifted(model))
+    directory = packed.save(tmp_path / "packed")
+    loaded = bitbell.load(directory, model=small_network())
+    assert bitbell.verify(model, loaded).layers == 2
+    assert torch.equal(loaded(x), packed(x))
+    ours, theirs = loaded.model.state_dict(), packed.model.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert loaded.model[0].recipe == Recipe.parse(recipe)
+    again = loaded.save(tmp_path / "again")
+    for name in ("config.json", "model.safetensors"):
+        assert (again / name).read_bytes() == (directory / name).read_bytes()
+
+
+@pytest.mark.parametrize(("recipe", "options"), [("bbq-w2a2", {}), ("bbq-tensor-w2a2", {"rms": "tensor"})])
+def test_directories_of_the_first_version_are_read(
+    make_llama: MakeLlama, tokens: Tensor, tmp_path: Path, recipe: str, options: dict[str, Any]
+) -> None:
+    model = make_llama(recipe)
+    directory = bitbell.pack(model).save(tmp_path / "packed")
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    quantization = config["quantization_config"]
+    assert quantization["format_version"] == 2
+    quantization["format_version"] = 1
+    quantization["recipes"][0].pop("activation_method")
+    quantization["recipes"][0]["activation_options"] = options
+    path.write_text(json.dumps(config))
+    assert torch.equal(bitbell.load(directory)(tokens).logits, model(tokens).logits)
 
 
 def test_a_loaded_model_is_a_packed_model_that_can_be_saved_again(saved: Path, tmp_path: Path) -> None:

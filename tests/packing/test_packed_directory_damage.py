@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import re
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -182,18 +184,78 @@ def test_half_precision_is_welcome_where_a_model_is_full_precision(directory: Pa
     assert bitbell.load(directory).model.lm_head.weight.dtype == torch.bfloat16
 
 
+OFFSETS = "bbq-w2a2:learn_offset=true"
+THRESHOLDS = "bbq-w2a2:activation_method=n2uq-activations,rotation=none"
+RUNNING = "nf-w2a2:a.granularity=running"
+OF_Q = f"{Q}.activation_quantizer"
+
+
+@pytest.fixture
+def packed_as(make_llama: Callable[..., Any], tmp_path: Path) -> Callable[[str], Path]:
+    """The packed directory of a recipe."""
+    return lambda recipe: bitbell.pack(make_llama(recipe)).save(tmp_path / "packed-as")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "name", "change", "match"),
+    [
+        (OFFSETS, f"{UP}.weight_offset", lambda t: None, r"weight_offset is missing"),
+        (OFFSETS, f"{UP}.weight_offset", lambda t: t.half(), r"is F16 \(128, 1\), but must be F32 \(128, 1\)"),
+        (OFFSETS, f"{UP}.weight_offset", lambda t: t[:1], r"is F32 \(1, 1\), but must be F32 \(128, 1\)"),
+        (OFFSETS, f"{UP}.weight_offset", lambda t: t / 0, r"weight_offset holds NaN or infinity"),
+        (OFFSETS, f"{OF_Q}.offset", lambda t: None, r"offset is missing"),
+        (OFFSETS, f"{OF_Q}.offset", lambda t: t[0], r"is F32 \(\), but must be F32 \(1,\)"),
+        (OFFSETS, f"{OF_Q}.offset", lambda t: t.bfloat16(), r"is BF16 \(1,\), but must be F32"),
+        (OFFSETS, f"{OF_Q}.offset", lambda t: t + float("nan"), r"offset holds NaN or infinity"),
+        (OFFSETS, f"{OF_Q}.scale", lambda t: t.half(), r"is F16 \(1,\), but must be F32"),
+        (THRESHOLDS, f"{OF_Q}.segments", lambda t: t[:2], r"is F32 \(2,\), but must be F32 \(3,\)"),
+        (THRESHOLDS, f"{OF_Q}.segments", lambda t: t / 0, r"segments holds NaN or infinity"),
+        (THRESHOLDS, f"{OF_Q}.start", lambda t: None, r"start is missing"),
+        (THRESHOLDS, f"{OF_Q}.interval", lambda t: t.half(), r"is F16 \(1,\), but must be F32"),
+        (RUNNING, f"{OF_Q}.running_size", lambda t: None, r"running_size is missing"),
+        (RUNNING, f"{OF_Q}.running_size", lambda t: t / 0, r"running_size holds NaN or infinity"),
+        ("bbq-w2a2", f"{UP}.weight_offset", lambda t: torch.zeros(128, 1), r"weight_offset has no place in the model"),
+        ("nf-w2a2", f"{OF_Q}.running_size", lambda t: torch.ones(1), r"running_size has no place in the model"),
+    ],
+)
+def test_what_a_method_stores_beside_its_scale_is_checked(
+    packed_as: Callable[[str], Path], recipe: str, name: str, change: Callable[[Any], Tensor | None], match: str
+) -> None:
+    directory = packed_as(recipe)
+    bitbell.load(directory)
+
+    def edit(tensors: dict[str, Tensor]) -> None:
+        changed = change(tensors.pop(name, None))
+        if changed is not None:
+            tensors[name] = changed.contiguous()
+
+    edit_tensors(directory, edit)
+    refused(directory, rf"model.safetensors: the tensor {re.escape(name.rpartition('.')[0])}.*{match}")
+
+
+def test_odd_values_that_are_finite_load_and_give_finite_logits(
+    packed_as: Callable[[str], Path], tokens: Tensor
+) -> None:
+    for recipe, name in ((THRESHOLDS, f"{OF_Q}.segments"), (OFFSETS, f"{UP}.weight_offset"), (RUNNING, "running_size")):
+        directory = packed_as(recipe)
+        for value in (0.0, -1.0):
+            edit_tensors(directory, lambda t, n=name, v=value: [t[k].fill_(v) for k in t if k.endswith(n)])
+            assert bitbell.load(directory)(tokens).logits.shape == (2, 12, 96)
+        shutil.rmtree(directory)
+
+
 # Configuration -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("version", [99, 0, "1", None, [1]])
+@pytest.mark.parametrize("version", [99, 3, 0, "1", None, [1], True, 2.0])
 def test_another_format_version_is_refused(directory: Path, version: Any) -> None:
     edit_config(directory, quantization(lambda q: q.update(format_version=version)))
-    refused(directory, r"config.json: format_version is .*, this bitbell reads 1")
+    refused(directory, r"config.json: format_version is .*, this bitbell reads 1 and 2")
 
 
 def test_a_missing_format_version_is_refused(directory: Path) -> None:
     edit_config(directory, quantization(lambda q: q.pop("format_version")))
-    refused(directory, r"format_version is None, this bitbell reads 1")
+    refused(directory, r"format_version is None, this bitbell reads 1 and 2")
 
 
 def test_another_quantization_method_is_refused(directory: Path) -> None:
@@ -274,14 +336,42 @@ def test_a_layer_without_an_entry_is_refused(directory: Path) -> None:
         ({"weight_options": []}, r"is not valid"),
         ({"weight_options": "bits"}, r"is not valid"),
         ({"weight_options": {"bits": 3}}, r"may not hold 'bits'"),
-        ({"weight_options": {"rows": 7}}, r"option 'rows' may not be 7"),
-        ({"activation_options": {"rows": 7}}, r"option 'rows' may not be 7"),
+        ({"weight_options": {"rows": 7}}, r"weight_options may not hold 'rows'"),
+        ({"activation_options": {"rows": 7}}, r"activation_options may not hold 'rows'"),
         ({"activation_options": {"rms": "never"}}, r"rms must be one of"),
-        ({"activation_options": {"rms": ["running"]}}, r"option 'rms' may not be \['running'\]"),
-        ({"activation_options": {"zero_point": "x"}}, r"option 'zero_point' may not be 'x'"),
-        ({"activation_options": {"zero_point": float("nan")}}, r"option 'zero_point' may not be nan"),
-        ({"activation_options": {"zero_point": float("inf")}}, r"option 'zero_point' may not be inf"),
+        ({"activation_options": {"rms": ["running"]}}, r"rms of bbq must be a name or none, got rms=\['running'\]"),
+        (
+            {"activation_options": {"zero_point": "x"}},
+            r"zero_point of bbq must be a number or none, got zero_point='x'",
+        ),
+        (
+            {"activation_options": {"zero_point": float("nan")}},
+            r"zero_point of bbq must be a number or none, got zero_point=nan",
+        ),
+        (
+            {"activation_options": {"zero_point": float("inf")}},
+            r"zero_point of bbq must be a number or none, got zero_point=inf",
+        ),
         ({"activation_options": {"rms": "token"}}, r"running_inverse_rms has no place in the model"),
+        ({"weight_options": {"zero_point": True}}, r"zero_point of bbq must be a number or none, got zero_point=True"),
+        ({"weight_options": {"normalise": 1}}, r"normalise of bbq must be true or false, got normalise=1"),
+        ({"weight_options": {"estimator": "ste"}}, r"estimator must be one of bell, trust, clip, identity"),
+        ({"weight_options": {"start": -1}}, r"start must be positive"),
+        ({"weight_options": {"start": 10**400}}, r"start of bbq must be a number or none"),
+        ({"weight_options": {"learn_offset": True}}, r"_proj.weight_offset is missing"),
+        ({"activation_options": {"learn_offset": True}}, r"_proj.activation_quantizer.offset is missing"),
+        ({"activation_options": {"granularity": "tensor", "rms": "token"}}, r"holds both 'rms' and 'granularity'"),
+        ({"weight_options": {"granularity": "token"}}, r"granularity of weights must be 'row' or 'tensor'"),
+        ({"activation_method": "gptq"}, r"unknown method 'gptq'"),
+        ({"activation_method": 5}, r"unknown method 5"),
+        ({"activation_method": []}, r"unknown method \[\]"),
+        ({"activation_method": ""}, r"unknown method ''"),
+        ({"activation_method": "lsq"}, r"running_inverse_rms has no place in the model"),
+        ({"activation_method": "n2uq-activations"}, r"_proj.activation_quantizer.input_scale is missing"),
+        ({"activation_method": "nf", "activations": 5}, r"activations must be an integer from 2 to 4 bits for nf"),
+        ({"method": "n2uq-activations"}, r"quantizes activations only; give it as activation_method"),
+        ({"method": "nf", "weights": 5}, r"weights must be an integer from 2 to 4 bits for nf"),
+        ({"method": "ternary"}, r"has rotation 64 and zero point -0.5, its recipe gives None and 0.0"),
         ({"weights": 3}, r"zero point"),
         ({"activations": None}, r"activation_quantizer.* has no place|shared_inputs joins"),
     ],
@@ -409,9 +499,27 @@ VALUES = st.one_of(
     st.sampled_from([0, 1, -1, 2, 3, 64, 65, 10**9, -(10**9), 2**63, 10**30]),
     st.floats(),
     st.text(max_size=4),
-    st.sampled_from(["bbq", "lsq", "float16", "float99", "int8", "load", "relu", "gpt2", "dynamic", "yarn", "auto"]),
+    st.sampled_from(
+        [
+            "bbq",
+            "lsq",
+            "float16",
+            "float99",
+            "int8",
+            "load",
+            "relu",
+            "gpt2",
+            "dynamic",
+            "yarn",
+            "auto",
+            "nf",
+            "lsq-plus",
+        ]
+    ),
     st.lists(st.integers(-2, 300), max_size=3),
-    st.dictionaries(st.sampled_from(["rope_type", "factor", "bits", "rows", "x"]), st.integers(-2, 9), max_size=2),
+    st.dictionaries(
+        st.sampled_from(["rope_type", "factor", "bits", "zero_point", "start"]), st.integers(-2, 9), max_size=2
+    ),
 )
 
 

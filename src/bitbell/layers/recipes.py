@@ -208,7 +208,7 @@ class Recipe:
 
 
 def _method_of_activations(method: str, asked_for: str | None) -> str:
-    return asked_for or find_method(method).activation_method or method
+    return asked_for if asked_for is not None else find_method(method).activation_method or method
 
 
 def _split_options(text: str, name: str) -> dict[str, Any]:

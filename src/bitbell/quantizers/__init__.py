@@ -49,7 +49,7 @@ METHODS: dict[str, type[Quantizer]] = {
 
 def find_method(name: str) -> type[Quantizer]:
     """The quantizer class of a method's name. Raises ValueError with a suggestion for an unknown one."""
-    if name in METHODS:
+    if isinstance(name, str) and name in METHODS:
         return METHODS[name]
     close = difflib.get_close_matches(str(name).lower(), METHODS, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
