@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from bitbell.comparison.folder import SweepFolder
 from bitbell.comparison.plan import tune_loss
-from bitbell.comparison.rows import Row
+from bitbell.comparison.rows import Row, bits_of
 from bitbell.comparison.sweep import Sweep
 from bitbell.reports.curves import draw_loss
 from bitbell.reports.drawing import (
@@ -64,7 +64,7 @@ def draw_all(folder: SweepFolder, sweep: Sweep, rows: Sequence[Row]) -> list[Pic
 def draw_quality(rows: Sequence[Row], looks: Looks) -> Picture | None:
     """Loss at each width, with the spread of the seeds, and full precision as a line across."""
     known = [row for row in rows if row.loss is not None]
-    widths = sorted({row.setting.bits for row in known if row.setting.bits}, key=_bits_of)
+    widths = sorted({row.setting.bits for row in known if row.setting.bits}, key=bits_of)
     if not widths:
         return None
     labels = list(dict.fromkeys(row.setting.label for row in known))
@@ -97,7 +97,7 @@ def draw_entropy_and_loss(rows: Sequence[Row], looks: Looks) -> Picture | None:
     for row in rows:
         entropy = row.numbers["weight_entropy"]
         if row.loss is not None and entropy is not None and row.setting.bits:
-            points.append((entropy / _bits_of(row.setting.bits)[0], row.loss, row))
+            points.append((entropy / bits_of(row.setting.bits)[0], row.loss, row))
     if not points:
         return None
     title = "Weight entropy, as a share of the bit width"
@@ -106,7 +106,7 @@ def draw_entropy_and_loss(rows: Sequence[Row], looks: Looks) -> Picture | None:
         look = looks[row.setting.label]
         axes.plot([x], [y], look.marker, color=look.colour, markersize=6, markeredgecolor=CARD, mew=0.6)
         axes.annotate(
-            f"{_bits_of(row.setting.bits or '')[0]:g}",
+            f"{bits_of(row.setting.bits or '')[0]:g}",
             (x, y),
             xytext=(5, 0),
             textcoords="offset points",
@@ -212,12 +212,6 @@ def _widths(rows: Sequence[Row]) -> list[str | None]:
     """The widths of the table; full precision alone only where there is nothing else."""
     found = list(dict.fromkeys(row.setting.bits for row in rows if row.setting.bits))
     return [*found] or [None]
-
-
-def _bits_of(width: str) -> tuple[int, int]:
-    """(2, 4) for "w2a4"."""
-    weights, _, activations = width[1:].partition("a")
-    return int(weights), int(activations)
 
 
 def _width_name(bits: str | None) -> str:

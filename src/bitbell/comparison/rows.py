@@ -84,10 +84,13 @@ class Row:
 
 
 def make_rows(sweep: Sweep, look: Look) -> list[Row]:
-    """Full precision first, then width by width in the order of the sweep, best first."""
-    place = {bits: i for i, bits in enumerate((None, *sweep.bits))}
-    rows = [make_row(sweep, setting, look) for setting in sweep.settings]
-    return sorted(rows, key=lambda row: (place[row.setting.bits], math.inf if row.loss is None else row.loss))
+    """Full precision first, then from many bits to few, best first."""
+
+    def key(row: Row) -> tuple[Any, ...]:
+        widths = [-number for number in bits_of(row.setting.bits)] if row.setting.bits else []
+        return widths, math.inf if row.loss is None else row.loss
+
+    return sorted((make_row(sweep, setting, look) for setting in sweep.settings), key=key)
 
 
 def make_row(sweep: Sweep, setting: Setting, look: Look) -> Row:
@@ -133,6 +136,12 @@ def cells(row: Row) -> list[str]:
         text(None if size is None else size / 1e6, ".2f"),
         text(row.numbers["seconds_per_step"], ".3g"),
     ]
+
+
+def bits_of(width: str) -> tuple[int, int]:
+    """Bits of weights and activations: (2, 4) for "w2a4"."""
+    weights, _, activations = width[1:].partition("a")
+    return int(weights), int(activations)
 
 
 def gap_lines(sweep: Sweep) -> list[list[str]]:
