@@ -17,6 +17,7 @@ from bitbell.kernels import (
     pack_codes,
     packed_words,
     rotate,
+    rotate_gradient,
     rotation_block,
     unpack_codes,
 )
@@ -193,6 +194,49 @@ def test_empty_tensors_and_vectors_rotate(shape: tuple[int, ...]) -> None:
 def test_a_block_that_does_not_divide_the_width_is_refused(width: int, advice: str) -> None:
     with pytest.raises(ValueError, match=rf"last dimension of {width} in blocks of 128.*Use {advice}"):
         rotate(torch.zeros(2, width), 128)
+
+
+@pytest.mark.parametrize("block", [None, 1, 2, 16, 64, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_gradient_of_a_wide_type_is_rotated_like_anything_else(block: int | None, dtype: torch.dtype) -> None:
+    g = torch.randn(3, 5, 256, dtype=dtype)
+    assert torch.equal(rotate_gradient(g, block, dtype), rotate(g, block))
+    assert torch.equal(rotate_gradient(g.double(), block, dtype), rotate(g.double(), block).to(dtype))
+
+
+@pytest.mark.parametrize("block", [None, 1, 2, 16, 32, 64, 128])
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.bfloat16, 2.0**-8), (torch.float16, 2.0**-11)])
+def test_a_gradient_that_ends_up_narrow_is_right_up_to_that_types_rounding(
+    block: int | None, dtype: torch.dtype, rounding: float
+) -> None:
+    g = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)) * 3
+    expected = rotate(g.double(), block)
+    # Each entry of g is rounded once, the sum once or, where sqrt(block) is no power of two, twice.
+    size = block or 1
+    entries = g.double().abs().view(64, -1, size).sum(-1).repeat_interleave(size, -1) / size**0.5
+    allowed = rounding * (entries + 2 * expected.abs() + 1e-4)
+    for handed in (g, g.double(), g.to(dtype)):
+        got = rotate_gradient(handed, block, dtype)
+        assert (got.dtype, got.shape) == (dtype, g.shape)
+        assert bool(((got.double() - expected).abs() <= allowed).all())
+        assert float((got.double() - expected).norm() / expected.norm()) < 1.5 * rounding
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = rotate_gradient(g, block, dtype), rotate_gradient(g, block, torch.float32)
+    assert torch.equal(inside[0], rotate_gradient(g, block, dtype))
+    assert torch.equal(inside[1], rotate_gradient(g, block, torch.float32))
+
+
+def test_a_narrow_rotation_overflows_no_sooner_than_its_result() -> None:
+    g = torch.full((1, 128), 5000.0)
+    assert rotate(g, 128)[0, 0] == pytest.approx(56568.5, rel=1e-6)
+    assert rotate_gradient(g, 128, torch.float16).isfinite().all()
+
+
+def test_strided_and_empty_gradients_rotate() -> None:
+    g = torch.randn(128, 6).T
+    assert torch.equal(rotate_gradient(g, 64, torch.float32), rotate(g.contiguous(), 64))
+    assert torch.equal(rotate_gradient(g, 64, torch.bfloat16), rotate_gradient(g.contiguous(), 64, torch.bfloat16))
+    assert rotate_gradient(torch.empty(0, 128), 64, torch.bfloat16).shape == (0, 128)
 
 
 def test_autocast_does_not_narrow_a_rotation() -> None:

@@ -130,6 +130,161 @@ def test_values_and_gradients_are_those_of_the_plain_formula(
     torch.testing.assert_close(q.scale.grad, scale.grad, rtol=1e-10, atol=1e-12)
 
 
+# Ablations --------------------------------------------------------------------------------------------------
+
+
+def masked_where(h: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """`values`, with the gradient of h where the mask holds."""
+    return h * mask + (values - h * mask).detach()
+
+
+CLIPS = {1: 0.7978845608, 2: 1.4935346, 3: 2.0510684, 4: 2.5139306}  # QuEST's, in standard deviations
+
+
+def window(estimator: str, bits: int) -> float:
+    """Up to where a masked estimator passes the gradient, in units of the RMS."""
+    n = 2**bits
+    if estimator == "trust":
+        return CLIPS[bits] * n / (n - 1)
+    if bits == 1:
+        return 2.0
+    outermost, inner = (torch.special.ndtri(torch.tensor(1 - i / n, dtype=torch.float64)).item() for i in (1, 2))
+    return outermost + (outermost - inner)
+
+
+def plain_ablation(x: Tensor, scale: Tensor, offset: Tensor | None, q: BBQ, group: str) -> Tensor:
+    """BBQ with its options, float64, by autograd."""
+    rotated = q.rotation is not None
+    h = x @ torch.block_diag(*[sylvester(q.rotation)] * (x.shape[-1] // q.rotation)) if rotated else x
+    axis = None if group == "tensor" else -1
+    sigma = h.square().mean(axis, keepdim=axis is not None).sqrt() if q.normalise else torch.ones((), dtype=h.dtype)
+    v = h / (sigma if q.rms_gradient else sigma.detach())
+    n, damping = 2**q.bits, 1 / math.sqrt(x.numel())
+    place = n * torch.special.ndtr(v) - 0.5
+    code = place.round().clamp(0, n - 1).detach()
+    damped = scale * damping + (scale - scale * damping).detach()
+    if q.estimator == "bell":
+        values = damped / (n / 2) * (place + (code - place).detach() - n / 2 - q.zero_point)
+    else:
+        inside = v.detach().abs() <= (math.inf if q.estimator == "identity" else window(q.estimator, q.bits))
+        values = damped / (n / 2) * (code - n / 2 - q.zero_point)
+        values = values + (masked_where(h, h, inside) - h.detach())
+    return values if offset is None else values + offset * damping + (offset - offset * damping).detach()
+
+
+@settings(derandomize=True, max_examples=120, deadline=None)
+@given(
+    bits=st.integers(1, 4),
+    group=st.sampled_from(GROUPS),
+    rotation=st.sampled_from([None, 16, 32]),
+    normalise=st.booleans(),
+    estimator=st.sampled_from(["bell", "trust", "clip", "identity"]),
+    rms_gradient=st.booleans(),
+    learn_scale=st.booleans(),
+    learn_offset=st.booleans(),
+    start=st.sampled_from([None, 0.7]),
+    seed=st.integers(0, 2**31),
+)
+def test_ablations_are_those_of_the_plain_formula(
+    bits: int, group: str, rotation: int | None, seed: int, start: float | None, **options: bool | str
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(4, 2 * (rotation or 9), dtype=torch.float64, generator=generator) * 1.5
+    q = make(bits, group, 4, rotation=rotation, start=start, **options)
+    q.calibrate(x)
+    expected_start = 1.694 * (x.square().mean().sqrt()) if start is None else start
+    torch.testing.assert_close(q.scale.detach(), torch.ones_like(q.scale) * expected_start, rtol=1e-12, atol=0)
+    assert (q.offset is not None) == options["learn_offset"]
+    with torch.no_grad():
+        q.scale.mul_(0.5 + torch.rand(q.scale.shape, generator=generator))
+        if q.offset is not None:
+            assert float(q.offset.abs().max()) == 0
+            q.offset.copy_(torch.randn(q.offset.shape, generator=generator))
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    g = torch.randn(x.shape, dtype=torch.float64, generator=generator)
+    y = q(ours)
+    y.backward(g)
+    scale = q.scale.detach().clone().requires_grad_()
+    offset = None if q.offset is None else q.offset.detach().clone().requires_grad_()
+    plain = plain_ablation(theirs, scale, offset, q, group)
+    plain.backward(g)
+    torch.testing.assert_close(y, plain, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-10, atol=1e-12)
+    if options["learn_scale"]:
+        torch.testing.assert_close(q.scale.grad, scale.grad, rtol=1e-10, atol=1e-12)
+    else:
+        assert q.scale.grad is None
+        assert not q.scale.requires_grad
+    if offset is not None:
+        torch.testing.assert_close(q.offset.grad, offset.grad, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(("bits", "clip"), [(1, 2.0), (2, 1.3489795), (3, 1.6262094), (4, 1.9178917)])
+def test_the_clip_estimator_cuts_off_one_bin_beyond_the_outermost_threshold(bits: int, clip: float) -> None:
+    assert window("clip", bits) == pytest.approx(clip, abs=1e-6)
+    x = torch.tensor([-9, -clip - 1e-5, -clip + 1e-5, 0, clip - 1e-5, clip + 1e-5, 9], dtype=torch.float64)
+    x.requires_grad_()
+    unit_rms_quantizer(bits, estimator="clip")(x).sum().backward()
+    assert x.grad.tolist() == [0, 0, 1, 1, 1, 0, 0]
+
+
+def test_estimators_differ_in_the_gradient_alone() -> None:
+    x, g = torch.randn(6, 128), torch.randn(6, 128)
+    values, gradients = [], []
+    for estimator in ("bell", "trust", "clip", "identity"):
+        q, leaf = BBQ(2, estimator=estimator), x.clone().requires_grad_()
+        q.calibrate(x)
+        y = q(leaf)
+        y.backward(g)
+        values.append((y.detach(), q.scale.grad))
+        gradients.append(leaf.grad)
+    for other in values[1:]:
+        assert torch.equal(other[0], values[0][0])
+        assert torch.equal(other[1], values[0][1])
+    assert all(not torch.equal(a, b) for i, a in enumerate(gradients) for b in gradients[:i])
+
+
+def test_without_its_rms_a_quantizer_answers_to_the_size_of_its_input() -> None:
+    x = torch.randn(4, 128)
+    for rms in ("tensor", "running", "token"):
+        q = BBQ(4, rms=rms, normalise=False)
+        q.calibrate(x)
+        for mode in (True, False):
+            assert not torch.equal(q.train(mode).encode(x), q.encode(3 * x))
+            assert torch.equal(q.encode(x)[:1], q.encode(x[:1]))  # and to nothing but itself
+    q = BBQ(3, normalise=False, rotation=None)
+    q.calibrate(x)
+    thresholds = torch.special.ndtri(torch.arange(1, 8, dtype=torch.float64) / 8)
+    assert q.encode(thresholds - 1e-9).tolist() == list(range(7))
+    assert q.encode(thresholds + 1e-9).tolist() == list(range(1, 8))
+
+
+def test_a_scale_that_is_not_learned_stays_a_parameter_of_the_state() -> None:
+    q = BBQ(2, rows=3, learn_scale=False)
+    assert "scale" in q.state_dict()
+    q.calibrate(torch.randn(3, 128))
+    q(torch.randn(3, 128, requires_grad=True)).sum().backward()
+    assert q.scale.grad is None
+    assert not BBQ(**q.options()).scale.requires_grad
+
+
+def test_narrow_activations_lose_no_more_than_the_rounding_of_what_is_kept() -> None:
+    x, g = torch.randn(64, 256).bfloat16(), torch.randn(64, 256)
+    for estimator in ("bell", "identity"):
+        narrow, wide = x.clone().requires_grad_(), x.float().requires_grad_()
+        q, twin = (BBQ(4, rms="token", estimator=estimator) for _ in range(2))
+        for quantizer, leaf in ((q, narrow), (twin, wide)):
+            quantizer.calibrate(x)
+            y = quantizer(leaf)
+            y.backward(g)
+        assert torch.equal(q(narrow), twin(wide))
+        assert torch.equal(q.scale.grad, twin.scale.grad)
+        assert (narrow.grad.float() - wide.grad).norm() < 0.005 * wide.grad.norm()
+
+
+# The gradient -----------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("shape", [(128,), (3, 128), (2, 3, 256), (2, 1, 3, 128)])
 @pytest.mark.parametrize("group", ["tensor", "token"])
 def test_activations_of_any_rank_agree_with_the_formula(shape: tuple[int, ...], group: str) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bitbell.kernels import hadamard
-from bitbell.quantizers import QuEST
+from bitbell.quantizers import BBQ, QuEST
 from bitbell.quantizers.quest import OPTIMAL_CLIP, TUNED_ONE_BIT_MASK
 
 PUBLISHED_CLIP = {
@@ -112,6 +112,58 @@ def test_values_and_gradients_are_those_of_the_plain_formula(
     plain.backward(g)
     torch.testing.assert_close(y, plain, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-12)
+
+
+@quick
+@given(
+    bits=st.integers(1, 8),
+    group=st.sampled_from(["row", "token", "tensor"]),
+    rotation=st.sampled_from([None, 16]),
+    estimator=st.sampled_from(["trust", "clip", "identity", "bell"]),
+    seed=st.integers(0, 2**31),
+)
+def test_estimators_are_those_of_the_plain_formula(
+    bits: int, group: str, rotation: int | None, estimator: str, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(5, 48, dtype=torch.float64, generator=generator) * 4
+    q = QuEST(bits, rotation=rotation, estimator=estimator, **({"rows": 5} if group == "row" else {"rms": group}))
+    g = torch.randn(x.shape, dtype=torch.float64, generator=generator)
+    ours = x.clone().requires_grad_()
+    y = q(ours)
+    y.backward(g)
+    assert torch.equal(y, QuEST(bits, rotation=rotation, rms="tensor" if group == "tensor" else None)(x))
+    matrix = torch.eye(48, dtype=x.dtype)
+    if rotation is not None:
+        matrix = torch.block_diag(*[hadamard(rotation, dtype=x.dtype)] * 3)
+    h = x @ matrix
+    std = h.square().mean(None if group == "tensor" else 1, keepdim=group != "tensor").sqrt()
+    alpha, n = OPTIMAL_CLIP[bits] * std, 2**bits
+    slope = {
+        "trust": (h.abs() <= alpha * n / (n - 1)).double(),
+        "clip": (h.abs() <= alpha).double(),
+        "identity": torch.ones_like(h),
+        "bell": 2 * 1.694 * torch.exp(-((h / std) ** 2) / 2) / math.sqrt(2 * math.pi),  # BBQ's
+    }[estimator]
+    torch.testing.assert_close(ours.grad, (slope * g) @ matrix.T, rtol=1e-7, atol=1e-7)
+
+
+def test_the_bell_estimator_is_bbqs_at_its_first_scale() -> None:
+    x, g = torch.randn(6, 128, dtype=torch.float64), torch.randn(6, 128, dtype=torch.float64)
+    gradients = []
+    for q in (QuEST(3, rms="tensor", estimator="bell"), BBQ(3, rms="tensor", rms_gradient=False).double()):
+        leaf = x.clone().requires_grad_()
+        q.calibrate(x)
+        q(leaf).backward(g)
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-7)
+
+
+def test_an_unknown_estimator_and_a_mask_that_nothing_uses_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"estimator must be one of trust, clip, identity, bell, got estimator='ste'"):
+        QuEST(2, estimator="ste")
+    with pytest.raises(ValueError, match=r"mask_scale is of estimator='trust', got it with estimator='clip'"):
+        QuEST(2, mask_scale=1.3, estimator="clip")
 
 
 @pytest.mark.parametrize("bits", WINDOWS)

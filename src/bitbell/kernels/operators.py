@@ -93,7 +93,7 @@ def rotate_gradient(g: Tensor, block: int | None, dtype: torch.dtype) -> Tensor:
     """
     if block is None or block == 1 or dtype not in (torch.bfloat16, torch.float16):
         return rotate(g, block).to(dtype)
-    power = 2.0 ** -((block.bit_length() - 1) // 2)
+    power = 2.0 ** -(block.bit_length() // 2)  # at most 1/sqrt(block), so that nothing overflows on the way
     matrix = (_hadamard_like(g, block, torch.float32) * (block**0.5 * power)).to(dtype)
     with no_autocast(g.device):
         rotated = (g.to(dtype).reshape(-1, block) @ matrix).reshape(g.shape)
