@@ -24,6 +24,7 @@ def compare(
     steps: int | None = None,
     settings: Annotated[tuple[str, ...], tyro.conf.arg(name="set")] = (),
     budget: str | None = None,
+    earlier: str | None = None,
     workers: int = 1,
     keep_checkpoints: tyro.conf.FlagCreatePairsOff[bool] = False,
 ) -> int:
@@ -44,6 +45,7 @@ def compare(
         steps: Optimizer steps of each run.
         settings: Further options of bitbell train for every run, such as batch_size=16 weight_decay=0.05.
         budget: Start no run that would end after this time: 90 (seconds), 30m, 2h, 1d.
+        earlier: Another sweep's folder, or a copy of its sweep.json and results.jsonl: its runs count as done.
         workers: Processes, of one thread each unless --set threads=N.
         keep_checkpoints: Keep the checkpoints of finished runs, which pack and evaluate need.
     """
@@ -58,6 +60,7 @@ def compare(
         workers=workers,
         keep_checkpoints=keep_checkpoints,
         changes=changes,
+        earlier=earlier,
         say=lambda text: print(text, file=sys.stderr, flush=True),
     )
     print(result.table)

@@ -2,6 +2,7 @@
 
 OUT/sweep.json      the sweep, the fingerprint of its data and the precision it computes in
 OUT/runs/NAME/      a run each        OUT/claims/      see `bitbell.comparison.claims`
+OUT/earlier.jsonl   runs of an earlier sweep that count as done, by their lines of its results.jsonl
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 from bitbell.comparison.outcomes import Outcome, read_outcome
 from bitbell.comparison.sweep import Sweep, Trial
 from bitbell.training.config import TrainConfig
-from bitbell.training.run import write_json
+from bitbell.training.run import write_at_once, write_json
 
 FORMAT_VERSION = 1
 
@@ -27,6 +28,7 @@ class SweepFolder:
 
     path: Path
     known: dict[str, Outcome] = dataclasses.field(default_factory=dict)
+    earlier: dict[str, Outcome] = dataclasses.field(default_factory=dict)
 
     @property
     def runs(self) -> Path:
@@ -43,7 +45,7 @@ class SweepFolder:
     def look(self, trial: Trial) -> Outcome:
         """How a trial stands. Finished and diverged ones are read once: they do not change."""
         if trial.name not in self.known:
-            outcome = read_outcome(self.run(trial))
+            outcome = self.earlier.get(trial.name) or read_outcome(self.run(trial))
             if outcome.status not in ("finished", "diverged"):
                 return outcome
             self.known[trial.name] = outcome
@@ -55,11 +57,14 @@ class SweepFolder:
         return replace(read_sweep(self.path)[0], train=mine.train)
 
 
-def open_folder(out: str | Path, values: Mapping[str, Any] | None, source: str = "sweep") -> tuple[SweepFolder, Sweep]:
+def open_folder(
+    out: str | Path, values: Mapping[str, Any] | None, source: str = "sweep", earlier: str | Path | None = None
+) -> tuple[SweepFolder, Sweep]:
     """Make the folder of a sweep, or open it to continue; `values` None takes the sweep that it holds.
 
-    Raises ValueError for a wrong sweep, data that is not there, and a folder that holds something else or runs that
-    would not be comparable, naming the fields.
+    The runs that `earlier`, another sweep's folder or a copy of its sweep.json and results.jsonl, lists as finished or
+    diverged count as done here from now on. Raises ValueError for a wrong sweep, data that is not there, and a folder
+    that holds something else or runs that would not be comparable, naming the fields.
     """
     out = Path(out)
     if (out / "sweep.json").exists():
@@ -74,9 +79,28 @@ def open_folder(out: str | Path, values: Mapping[str, Any] | None, source: str =
         if out.exists() and (not out.is_dir() or any(not path.name.startswith(".") for path in out.iterdir())):
             raise ValueError(f"{out} exists and is not a sweep's folder (no sweep.json in it). Choose another --out")
         stored = replace(sweep, train=sweep.train | {"data": str(Path(sweep.train["data"]).resolve())})
+    lines = read_earlier(out / "earlier.jsonl") if (out / "earlier.jsonl").exists() else {}
+    if earlier is not None:
+        _check_comparable(Path(earlier), *read_sweep(Path(earlier)), sweep)
+        lines |= read_earlier(Path(earlier) / "results.jsonl")
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "sweep.json", stored.to_dict() | _facts(sweep))
-    return SweepFolder(out), sweep
+    if earlier is not None:
+        write_at_once(out / "earlier.jsonl", "".join(json.dumps(line) + "\n" for line in lines.values()))
+    return SweepFolder(out, earlier={name: _outcome(line) for name, line in lines.items()}), sweep
+
+
+def read_earlier(file: Path) -> dict[str, dict[str, Any]]:
+    """The finished and diverged runs of a results.jsonl, by name. Raises ValueError if it cannot be read as one."""
+    try:
+        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        return {line["run"]: line for line in lines if line["status"] in ("finished", "diverged")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is not the results.jsonl of a sweep: {error!r}") from None
+
+
+def _outcome(line: dict[str, Any]) -> Outcome:
+    return Outcome(line["status"], line.get("message", ""), line.get("seconds"), line)
 
 
 def read_sweep(out: Path) -> tuple[Sweep, dict[str, Any]]:

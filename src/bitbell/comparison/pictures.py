@@ -161,11 +161,12 @@ def draw_rates(
 
 def draw_curves(folder: SweepFolder, bits: str | None, rows: Sequence[Row], looks: Looks) -> Picture | None:
     """Training loss at the chosen rates, for the methods of a width: the mean over the seeds."""
-    mine = [row for row in _of_width(rows, bits) if row.losses]
-    if not any(row.setting.bits == bits for row in mine):
+    found = [(row, _runs(folder, row)) for row in _of_width(rows, bits) if row.losses]
+    mine = [(row, runs) for row, runs in found if runs]
+    if not any(row.setting.bits == bits for row, _ in mine):
         return None
-    means = [mean_run(row.label, _runs(folder, row)) for row in mine]
-    picture = draw_loss(means, {row.label: looks[row.setting.label] for row in mine})
+    means = [mean_run(row.label, runs) for row, runs in mine]
+    picture = draw_loss(means, {row.label: looks[row.setting.label] for row, _ in mine})
     if picture is None:
         return None
     caption = f"Mean over the seeds, each method at its best learning rate. {picture.caption}"
@@ -187,7 +188,9 @@ def _mean_events(logs: Iterable[Sequence[dict[str, Any]]]) -> list[dict[str, Any
 
 
 def _runs(folder: SweepFolder, row: Row) -> list[Run]:
-    return [read_run(folder.run(trial)) for trial in row.trials if folder.look(trial).status == "finished"]
+    """The finished runs of a row; those of an earlier sweep have left no curve here."""
+    finished = [folder.run(trial) for trial in row.trials if folder.look(trial).status == "finished"]
+    return [read_run(run) for run in finished if (run / "summary.json").exists()]
 
 
 def _draw_level(axes: Axes, row: Row, look: Look) -> None:

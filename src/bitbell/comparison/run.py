@@ -48,21 +48,22 @@ def run_sweep(
     workers: int = 1,
     keep_checkpoints: bool = False,
     changes: Mapping[str, Any] | None = None,
+    earlier: str | Path | None = None,
     is_worker: bool = False,
     say: Callable[[str], None] = print,
 ) -> SweepResult:
     """Work on a sweep, or continue it, as far as the budget goes. docs/compare.md has the rules.
 
     `spec` is a sweep file, its keys as a dictionary, or None for the sweep that the folder `out` holds; `changes` lies
-    over it, its "train" over the other's. `budget` is in seconds, or like "30m". A worker leaves failed runs to the
-    command that started it. Raises ValueError, before any work, for a wrong sweep, a wrong argument, or a folder that
-    holds something else.
+    over it, its "train" over the other's. `earlier` is a sweep's folder whose finished runs count as done. `budget` is
+    in seconds, or like "30m". A worker leaves failed runs to the command that started it. Raises ValueError, before
+    any work, for a wrong sweep, a wrong argument, or a folder that holds something else.
     """
     seconds = parse_budget(budget)
     if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
         raise ValueError(f"workers must be at least 1, got workers={workers!r}")
     values, source = _values(spec, Path(out), changes or {})
-    folder, sweep = open_folder(out, values, source)
+    folder, sweep = open_folder(out, values, source, earlier)
     if not is_worker:
         _retry(folder, sweep)
     if workers == 1:
