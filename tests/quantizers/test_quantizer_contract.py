@@ -12,7 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bitbell.quantizers import BBQ, METHODS, Quantizer, code_histogram, entropy_of, find_method, make_quantizer
+from bitbell.quantizers import (
+    BBQ,
+    METHODS,
+    Quantizer,
+    code_histogram,
+    entropy_of,
+    find_method,
+    known_options,
+    make_quantizer,
+)
 from bitbell.quantizers.base import check_bits
 from bitbell.quantizers.formula import FormulaQuantizer
 
@@ -457,6 +466,7 @@ def test_a_calibration_that_overflows_is_refused_and_leaves_everything_as_it_was
 def test_options_rebuild_the_quantizer_through_json(kind: str) -> None:
     q = build(kind, 3, rotation=32)
     options = json.loads(json.dumps(q.options()))
+    assert set(options) == set(known_options(type(q)))  # one that is missing would come back as its default
     again = make_quantizer(q.method, **options)
     assert type(again) is type(q)
     assert again.options() == q.options()

@@ -1,7 +1,7 @@
 """A quantization method -> the picture and the numbers of its card: what it does to a standard normal.
 
-    python -m bitbell.reports.methods                      # prints the numbers of every method
-    python -m bitbell.reports.methods docs/methods/pictures     # and draws: METHOD.svg each
+    python -m bitbell.reports.methods                          # prints the numbers of every method
+    python -m bitbell.reports.methods docs/methods/pictures    # and draws METHOD.svg of each
 
 Both come from the quantizers themselves, made as for one weight row without rotation, and calibrated on what they are
 shown. Each SVG carries the data that it was drawn from, as JSON in its description, so that a test can hold it against
