@@ -10,8 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from bitbell.quantizers import BBQ, LSQ, Quantizer, QuEST
+from bitbell.quantizers import BBQ, METHODS, Quantizer, known_options, make_quantizer
 from bitbell.quantizers.quest import OPTIMAL_CLIP
+
+# Steps of thresholds and of levels, by maximising the entropy and then minimising the squared error.
+NARROW_STEPS = {1: (1.0, 1.595769), 2: (0.674490, 0.827596), 3: (0.369490, 0.426450), 4: (0.199939, 0.221518)}
 
 
 @dataclass(frozen=True)
@@ -30,25 +33,38 @@ class Case:
         return f"{self.method}-{self.bits}bit-z{self.zero_point}"
 
     def build(self, rows: int | None = None, rotation: int | None = None) -> Quantizer:
-        if self.method == "bbq":
-            return BBQ(self.bits, rows=rows, zero_point=self.zero_point, rotation=rotation)
-        if self.method == "quest":
-            return QuEST(self.bits, rows=rows, rms=None if rows else "tensor", rotation=rotation)
-        return LSQ(self.bits, rotation=rotation)
+        kind = METHODS[self.method]
+        options = {"bits": self.bits, "zero_point": self.zero_point, "rotation": rotation}
+        if rows and not kind.weights_share_scale:
+            options["rows"] = rows
+        else:
+            options[kind.granularity_option] = "tensor"
+        return make_quantizer(self.method, **{k: v for k, v in options.items() if k in known_options(kind)})
 
     def thresholds(self) -> list[float]:
         """Where the code changes, in standard deviations, from the papers."""
         n = 2**self.bits
         if self.method == "bbq":
             return torch.special.ndtri(torch.arange(1, n, dtype=torch.float64) / n).tolist()
-        return [(k - n / 2) * self.step() for k in range(1, n)]
+        if self.method == "quest-fp4":
+            positive = [0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0]
+            return [self.step() * t for t in [*(-t for t in positive[::-1]), 0.0, *positive]]
+        step = NARROW_STEPS[self.bits][0] if self.method == "narrow" else self.step()
+        return [(k - n / 2) * step for k in range(1, n)]
 
     def step(self) -> float:
+        n, mean = 2**self.bits, math.sqrt(2 / math.pi)
         if self.method == "bbq":
             return 1.694 / 2 ** (self.bits - 1)
-        if self.method == "quest":
-            return 2 * OPTIMAL_CLIP[self.bits] / (2**self.bits - 1)
-        return 2 * math.sqrt(2 / math.pi) / math.sqrt(2 ** (self.bits - 1) - 1)
+        if self.method in ("quest", "lsq-plus"):
+            return 2 * OPTIMAL_CLIP[self.bits] / (n - 1)
+        if self.method == "n2uq":
+            return 2 / (n - 1) * (n - 1) / 2 ** (self.bits - 1) * mean
+        if self.method == "n2uq-activations":
+            return 4 / (n - 1)
+        if self.method == "narrow":
+            return NARROW_STEPS[self.bits][1]
+        return 0.4870795 if self.method == "quest-fp4" else 2 * mean / math.sqrt(n / 2 - 1)
 
 
 CASES = [
@@ -66,6 +82,23 @@ CASES = [
     Case("lsq", 2, -0.5, 1.501544, 0.213539, 0.177968, 0.906660),
     Case("lsq", 3, -0.5, 2.213211, 0.070839, 0.066256, 0.966304),
     Case("lsq", 4, -0.5, 2.798056, 0.030316, 0.029424, 0.985178),
+    Case("lsq-plus", 1, -0.5, 1.000000, 0.363380, 0.363380, 0.797885),
+    Case("lsq-plus", 2, -0.5, 1.903729, 0.118846, 0.118846, 0.938698),
+    Case("lsq-plus", 4, -0.5, 3.602452, 0.011543, 0.011543, 0.994212),
+    Case("pact", 2, -0.5, 1.501544, 0.213539, 0.177968, 0.906660),
+    Case("pact", 4, -0.5, 2.798056, 0.030316, 0.029424, 0.985178),
+    Case("n2uq", 1, -0.5, 1.000000, 0.363380, 0.363380, 0.797885),
+    Case("n2uq", 2, -0.5, 1.983681, 0.137457, 0.128047, 0.933784),
+    Case("n2uq", 3, -0.5, 2.978701, 0.070520, 0.059898, 0.969588),
+    Case("n2uq", 4, -0.5, 3.948289, 0.049032, 0.039789, 0.979904),
+    Case("n2uq-activations", 2, -0.5, 1.685348, 0.154491, 0.140475, 0.927106),
+    Case("n2uq-activations", 3, -0.5, 2.784095, 0.037566, 0.037539, 0.981051),
+    Case("n2uq-activations", 4, -0.5, 3.834311, 0.017196, 0.016371, 0.991781),
+    Case("narrow", 1, -0.5, 1.000000, 0.363380, 0.363380, 0.797885),
+    Case("narrow", 2, -0.5, 2.000000, 0.143855, 0.143855, 0.925281),
+    Case("narrow", 3, -0.5, 2.984633, 0.069032, 0.069032, 0.964867),
+    Case("narrow", 4, -0.5, 3.948296, 0.039521, 0.039521, 0.980041),
+    Case("quest-fp4", 4, -0.5, 3.817939, 0.012685, 0.012685, 0.993637),
 ]
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
@@ -189,3 +222,70 @@ def test_products_of_two_quantized_gaussians_correlate_as_the_cosines_say(
     b.calibrate(w)
     exact, quantized = (x @ w.T).flatten(), (a(x) @ b(w).T).detach().flatten()
     assert torch.corrcoef(torch.stack([exact, quantized]))[0, 1].item() == pytest.approx(expected, abs=0.006)
+
+
+# Rows scaled by their largest magnitude -----------------------------------------------------------------------------
+
+ROW_CASES = [  # method, bits, columns -> entropy in bits, error, error after the best rescale, cosine
+    ("seq", 2, 640, (1.478, 0.2314, 0.1893, 0.9004)),
+    ("seq", 3, 640, (2.373, 0.0580, 0.0550, 0.9721)),
+    ("seq", 4, 640, (3.343, 0.0145, 0.0144, 0.9928)),
+    ("nf", 2, 640, (1.120, 0.4529, 0.3832, 0.7854)),
+    ("nf", 3, 640, (2.460, 0.0547, 0.0532, 0.9731)),
+    ("nf", 4, 640, (3.671, 0.0105, 0.0104, 0.9948)),
+    ("nf", 4, 64, (3.885, 0.0085, 0.0085, 0.9958)),
+    ("absmax", 1, 640, (1.000, 6.7997, 0.3696, 0.7940)),
+    ("absmax", 2, 640, (1.200, 0.4228, 0.2788, 0.8493)),
+    ("absmax", 3, 640, (2.197, 0.0753, 0.0700, 0.9644)),
+    ("absmax", 4, 640, (3.256, 0.0164, 0.0161, 0.9919)),
+]
+
+
+def largest_magnitudes(rows: int, columns: int) -> Tensor:
+    """Quantiles of the largest magnitude in a row of Gaussians, whose CDF is (2 Phi(m) - 1)**columns."""
+    shares = (torch.arange(rows, dtype=torch.float64) + 0.5) / rows
+    return torch.special.ndtri((1 + shares ** (1 / columns)) / 2).unsqueeze(1)
+
+
+def exact_rows(method: str, bits: int, columns: int) -> list[float]:
+    """By integrals: besides its largest, a row's values are Gaussians that end there; every level, and every threshold
+    midway, is in proportion to it."""
+    m = largest_magnitudes(4000, columns)
+    unit = {"seq": 1 / 2 ** (bits - 1), "absmax": 2 / (2**bits - 1), "nf": 1.0}[method]
+    levels = make_quantizer(method, bits=bits).levels.double() * unit
+    end = torch.ones(1, dtype=torch.float64)
+    edges = torch.cat([-end, (levels[1:] + levels[:-1]) / 2, end]) * m
+    others = (1 - 1 / columns) / (2 * torch.special.ndtr(m) - 1)
+    shares = others * torch.special.ndtr(edges).diff(dim=1)
+    moments = -others * (edges.square() / -2).exp().diff(dim=1) / math.sqrt(2 * math.pi)
+    shares[:, [0, -1]] += 0.5 / columns
+    moments[:, [0, -1]] += torch.cat([-m, m], 1) * 0.5 / columns
+    cross, square = (float(part.sum(1).mean()) for part in (levels * m * moments, (levels * m) ** 2 * shares))
+    share = shares.mean(0)
+    entropy = -float((share * share.log2()).sum())
+    return [entropy, 1 - 2 * cross + square, 1 - cross**2 / square, cross / math.sqrt(square)]
+
+
+@pytest.mark.parametrize(("method", "bits", "columns", "known"), ROW_CASES)
+def test_exact_integrals_over_rows_give_the_known_numbers(
+    method: str, bits: int, columns: int, known: tuple[float, ...]
+) -> None:
+    entropy, *rest = exact_rows(method, bits, columns)
+    assert entropy == pytest.approx(known[0], abs=3e-3)
+    assert rest == pytest.approx(known[1:], abs=1e-3)
+
+
+@pytest.mark.parametrize(("method", "bits", "columns"), [case[:3] for case in ROW_CASES])
+def test_the_quantizer_gives_the_exact_numbers_on_rows_without_chance(method: str, bits: int, columns: int) -> None:
+    count = 640_000 // columns
+    m = largest_magnitudes(count, columns)
+    places = torch.arange(count, dtype=torch.float64).unsqueeze(1) * 0.618 % 1  # another one in each row
+    below = torch.special.ndtr(-m)
+    others = torch.special.ndtri(below + (1 - 2 * below) * (torch.arange(columns - 1) + places) / (columns - 1))
+    x = torch.cat([others, torch.where(torch.arange(count).unsqueeze(1) % 2 == 0, m, -m)], 1)
+    q = make_quantizer(method, bits=bits, rows=count).double()
+    q.calibrate(x)
+    y = q(x).detach()
+    cosine = ((x * y).sum() / (x.norm() * y.norm())).item()
+    measured = [q.entropy(x), (y - x).square().mean().item(), 1 - cosine**2, cosine]
+    assert measured == pytest.approx(exact_rows(method, bits, columns), rel=1e-3)
