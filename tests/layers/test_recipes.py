@@ -196,6 +196,13 @@ def test_weight_only_variants_that_differ_in_activations_alone_are_the_same_reci
     assert Recipe.parse("bbq-token-w2a16").name == "bbq-w2a16"
 
 
+def test_the_word_for_one_operand_wins_over_the_word_for_both() -> None:
+    for name in ("bbq-w2a2:a.estimator=clip,estimator=trust", "bbq-w2a2:estimator=trust,a.estimator=clip"):
+        recipe = Recipe.parse(name)
+        assert recipe.weight_options == {"estimator": "trust"}
+        assert recipe.activation_options == {"estimator": "clip"}
+
+
 def test_options_of_variants_reach_the_quantizers() -> None:
     weight, activation = Recipe.parse("quest-tuned-w1a1").quantizers_for(5, 256)
     assert isinstance(weight, QuEST)

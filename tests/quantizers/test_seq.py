@@ -45,6 +45,9 @@ def test_the_range_starts_at_the_largest_magnitude() -> None:
     tensor.calibrate(w)
     assert rows.scale.flatten().tolist() == pytest.approx([3.0, 0.5, 1e-5])
     assert tensor.scale.tolist() == [3.0]
+    sign = SEQ(1, rows=3)  # at 1 bit the range is the value: the mean magnitude
+    sign.calibrate(w)
+    assert sign.scale.flatten().tolist() == pytest.approx([4 / 3, 1.25 / 3, 1e-5])
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])

@@ -236,7 +236,7 @@ def _options_of_operands(
     activations = find_method(_method_of_activations(method, activation_method))
     own = {"w": dict(of_weights), "a": dict(of_activations) if has_activations else {}}
     known = {"w": _known(METHODS[method]), "a": _known(activations) if has_activations else []}
-    for key, value in given.items():
+    for key, value in sorted(given.items(), key=lambda item: "." in item[0]):  # an operand's own word is the last
         operand, _, option = key.rpartition(".")
         asked = {operand: known[operand]} if operand else known
         knowing = [letter for letter, options in asked.items() if option in options]

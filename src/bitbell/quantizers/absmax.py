@@ -4,8 +4,8 @@
     y = s (clip(round(h / s - 1/2)) + 1/2)             2**bits symmetric levels
     dL/dh = dL/dy
 
-The "STE" row of QuEST's comparison (arXiv 2502.05003), after Bengio et al. (arXiv 1308.3432). One outlier sets the
-scale of all that share it.
+The straight-through estimator is that of Bengio et al. (arXiv 1308.3432). One outlier sets the scale of all that share
+it.
 """
 
 from __future__ import annotations

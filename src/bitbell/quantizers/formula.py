@@ -4,7 +4,7 @@
     formula(h, size) -> values, codes, step, offset
 
 A subclass writes `formula` from the steps of `bitbell.quantizers.steps`. Its gradient is autograd's own. Nothing of the
-formula is kept for the backward pass but the input and the codes: the formula is run once more instead.
+formula is kept for the backward pass but the input: the formula is run once more instead.
 """
 
 from __future__ import annotations

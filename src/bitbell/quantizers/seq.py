@@ -6,7 +6,8 @@
 
 Backward, straight through the rounding: dL/dx where |x / a| <= 0.99; dL/da = sum(dL/dy * t) / sqrt(numel Qp), where
 t = y/a - x/a inside the clip and y/a outside it (1 bit: t = sign(x)), and Qp = max(m - 1, 1). The range starts at
-max|x|, per row for weights and one for activations.
+max|x|, per row for weights and one for activations; at 1 bit at mean|x|, the least squared error, as ParetoQ's
+binarization does.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ class SEQ(FormulaQuantizer):
         return Quantized((code + 0.5) * (reach / m), code.detach().to(torch.int8), reach / m)
 
     def initial_scale(self, x: Tensor) -> Tensor:
-        return size_of(rotate(wide(x), self.rotation), "absmax", self.rows is not None).clamp_min(SMALLEST_RANGE)
+        statistic = "absmean" if self.bits == 1 else "absmax"
+        return size_of(rotate(wide(x), self.rotation), statistic, self.rows is not None).clamp_min(SMALLEST_RANGE)
 
     def step(self) -> Tensor:
         reach = self.scale.clamp_min(SMALLEST_RANGE)
