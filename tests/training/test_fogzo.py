@@ -24,6 +24,7 @@ from bitbell.training.journal import read_metrics
 from bitbell.training.run import load_run
 
 Make = Callable[..., TrainConfig]
+QUICK = {"final_windows": 4, "evaluate_every": 1000, "entropy_every": 1000, "checkpoint_every": 1000, "batch_size": 2}
 
 
 # Noise ---------------------------------------------------------------------------------------------------------------
@@ -150,7 +151,7 @@ def test_agreement_is_the_measured_slope_over_the_predicted_one(step: int, sign:
 def moves_of(layer: QuantLinear, **options: str) -> list[Tensor]:
     """What the two probes of pure noise add to the weight, in the rotated domain."""
     seen, before = [], layer.weight.detach().clone()
-    layer.weight.grad = torch.zeros_like(before)
+    layer.weight.grad = torch.ones_like(before)
 
     def loss() -> float:
         seen.append(rotate(layer.weight.detach() - before, layer.weight_quantizer.rotation))
@@ -334,16 +335,27 @@ def test_an_error_in_the_loss_leaves_the_weights(llama: nn.Module) -> None:
 # Gradients of every kind ---------------------------------------------------------------------------------------------
 
 
-def test_a_gradient_of_zero_stays_zero_without_noise_and_is_finite_with_it() -> None:
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_a_gradient_of_zero_stays_zero(beta: float) -> None:
     case = Quadratic("quest-w2a16", 2, 16)
-    case.g.zero_()
-    case.layer.weight.grad = case.g.clone()
-    found = Fogzo(case.layer).correct(case.loss, beta=1.0, step=0)
-    assert torch.equal(case.layer.weight.grad, case.g)
+    case.layer.weight.grad = torch.zeros_like(case.g)
+    found = Fogzo(case.layer).correct(case.loss, beta=beta, step=0)
+    assert torch.equal(case.layer.weight.grad, torch.zeros_like(case.g))
     assert found.agreement == 0
-    case.corrected(beta=0.5)
-    assert bool(torch.isfinite(case.layer.weight.grad).all())
-    assert float(case.layer.weight.grad.abs().max()) > 0
+
+
+def test_single_weights_without_a_gradient_are_neither_moved_nor_corrected() -> None:
+    case = Quadratic("quest-w2a16", 2, 16)
+    still = torch.rand_like(case.g) < 0.5
+    case.layer.weight.grad, before, moved = case.g.masked_fill(still, 0), case.layer.weight.detach().clone(), []
+
+    def loss() -> Tensor:
+        moved.append(case.layer.weight.detach() != before)
+        return case.loss()
+
+    Fogzo(case.layer).correct(loss, beta=0.5, step=0)
+    assert all(torch.equal(m, ~still) for m in moved)
+    assert torch.equal(case.layer.weight.grad == 0, still)
 
 
 def test_a_gradient_that_is_not_finite_is_left_for_the_caller() -> None:
@@ -355,7 +367,7 @@ def test_a_gradient_that_is_not_finite_is_left_for_the_caller() -> None:
     assert torch.equal(case.layer.weight.grad.nan_to_num(7), before.nan_to_num(7))  # type: ignore[union-attr]
 
 
-def test_weights_without_a_gradient_are_neither_moved_nor_corrected() -> None:
+def test_frozen_weights_are_neither_moved_nor_corrected() -> None:
     model = nn.Sequential(QuantLinear(16, 16, "quest-w2a16"), QuantLinear(16, 4, "quest-w2a16"))
     model[0].weight.requires_grad_(False)
     x, before, seen = torch.randn(5, 16), model[0].weight.clone(), []
@@ -450,8 +462,9 @@ def train_events(run: Path) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize("recipe", ["bbq-w2a2", "quest-w1a1", "lsq-w2a16"])
 def test_a_mixed_schedule_is_plain_first_and_corrected_later(make_config: Make, tmp_path: Path, recipe: str) -> None:
-    plain = train(make_config(recipe=recipe, out=str(tmp_path / "plain")))
-    mixed = train(make_config(recipe=recipe, out=str(tmp_path / "mixed"), fogzo=True, fogzo_start=0.5))
+    fields = QUICK | {"recipe": recipe}
+    plain = train(make_config(out=str(tmp_path / "plain"), **fields))
+    mixed = train(make_config(out=str(tmp_path / "mixed"), fogzo=True, fogzo_start=0.5, **fields))
     a, b = ([e["loss"] for e in train_events(r.run)] for r in (plain, mixed))
     assert a[:11] == b[:11]  # the eleventh loss is taken before the first corrected step
     assert a[11:] != b[11:]
@@ -462,7 +475,7 @@ def test_a_mixed_schedule_is_plain_first_and_corrected_later(make_config: Make, 
 
 
 def test_twenty_corrected_steps_equal_ten_a_stop_and_ten_more(make_config: Make, tmp_path: Path) -> None:
-    fields = {"fogzo": True, "fogzo_start": 0.2, "fogzo_beta": 0.999, "accumulation": 2}
+    fields = QUICK | {"fogzo": True, "fogzo_start": 0.2, "fogzo_beta": 0.999, "accumulation": 2}
     whole = train(make_config(out=str(tmp_path / "whole"), **fields))
     train(make_config(out=str(tmp_path / "halves"), stop_after=10, **fields))
     rest = train(make_config(out=str(tmp_path / "halves"), **fields))
@@ -486,10 +499,10 @@ def test_probes_run_over_the_micro_batches_of_the_gradient(make_config: Make, mo
         return Correction(0.0, 1.0)
 
     monkeypatch.setattr(Fogzo, "correct", correct)
-    result = train(make_config(recipe="quest-w2a2", steps=4, accumulation=3, fogzo=True, fogzo_start=0.0))
+    fields = QUICK | {"fogzo": True, "fogzo_start": 0.0, "fogzo_beta": 0.97}
+    result = train(make_config(recipe="quest-w2a2", steps=4, accumulation=3, **fields))
     assert seen == pytest.approx([e["loss"] for e in train_events(result.run)], rel=1e-6)
-    d = result.summary["quantized_parameters"]
-    assert [(1 - beta) * d for beta in betas] == pytest.approx([0, 0.01, 0.02, 0.03], abs=1e-5)
+    assert betas == pytest.approx([1, 0.99, 0.98, 0.97])
 
 
 def test_a_diverging_probe_stops_the_run_with_its_step(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -520,7 +533,7 @@ def test_a_run_from_before_fogzo_is_continued(make_config: Make) -> None:
 
 @pytest.mark.slow
 def test_a_compiled_run_is_corrected_too(make_config: Make, tmp_path: Path) -> None:
-    fields = {"fogzo": True, "fogzo_start": 0.5, "recipe": "quest-w2a2"}
+    fields = QUICK | {"fogzo": True, "fogzo_start": 0.5, "recipe": "quest-w2a2"}
     eager = train(make_config(out=str(tmp_path / "eager"), **fields))
     compiled = train(make_config(out=str(tmp_path / "compiled"), compile=True, **fields))
     assert compiled.summary["loss"] == pytest.approx(eager.summary["loss"], abs=0.15)

@@ -96,9 +96,9 @@ class TrainConfig:
     """Correct the gradients of quantized weights by probing the loss (FOGZO): two more forward passes a step."""
     fogzo_start: float = 0.7
     """Share of the steps that are trained plainly first."""
-    fogzo_beta: float | None = None
-    """Share of the straight-through direction in the last probe; it falls to this from 1. By default 1 - 0.03/d, for d
-    quantized weights."""
+    fogzo_beta: float = 1 - 1e-9
+    """Share of the straight-through direction in the last probe; it falls to this from 1. The rest is noise: keep
+    (1 - fogzo_beta) * quantized weights far below 1."""
     fogzo_noise: str = "uniform"
     """Shape of the rest of the probe: uniform, logistic or triangular."""
     fogzo_samples: int = 1
@@ -144,7 +144,7 @@ class TrainConfig:
         for name in ("warmup", "final"):
             _check(self, name, 0 <= getattr(self, name) <= 1, "from 0 to 1")
         _check(self, "fogzo_start", 0 <= self.fogzo_start < 1, "from 0 up to but without 1")
-        _check(self, "fogzo_beta", self.fogzo_beta is None or 0 <= self.fogzo_beta <= 1, "from 0 to 1")
+        _check(self, "fogzo_beta", 0 <= self.fogzo_beta <= 1, "from 0 to 1")
         known = self.fogzo_noise in ("uniform", "logistic", "triangular")
         _check(self, "fogzo_noise", known, "uniform, logistic or triangular")
         _check(self, "precision", self.precision in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16")

@@ -13,7 +13,11 @@ surrogate, E[round(x + eps u)] = x. (The paper's random sign of g^ is left out: 
 
 Every row of a weight has bins of its own width and so an eps of its own. The formulas then hold for weights in units
 of eps: there the gradient is eps g, and G comes back divided by eps. Bins lie in the rotated domain, so the noise is
-drawn there and rotated back. Only quantized weights are moved and corrected.
+drawn there and rotated back.
+
+Only quantized weights are moved and corrected, and of these only such with a gradient: beyond a clip, where it is
+zero, the smoothed rounding is flat too. AdamW divides by a gradient's usual size, so that noise alone, however
+small, would send such weights on a random walk in full steps.
 """
 
 from __future__ import annotations
@@ -84,20 +88,15 @@ class Fogzo:
         """How many numbers are moved and corrected."""
         return sum(layer.weight.numel() for layer in self.layers)
 
-    @property
-    def default_beta(self) -> float:
-        """Where beta ends unless told otherwise: 1 - 0.03 / d for d weights, so that |sqrt(1 - beta) u|^2 = 0.03."""
-        return 1 - 0.03 / self.num_weights
-
     @torch.no_grad()
     def correct(self, loss: Loss, *, beta: float, step: int) -> Correction:
         """Put G in the place of the gradients of the quantized weights; all other gradients stay.
 
         loss: evaluates, on the same batch, the loss that was differentiated. It is called twice a sample, without
         gradients and each time from the same random state. Afterwards weights, buffers and random state are what they
-        were, bit for bit. Weights without a gradient are left alone. A gradient of zero has no direction: v is noise
-        alone. One that is not finite is left as it is, for the caller's own check to find. Raises ValueError for a
-        beta outside 0 .. 1 or if nothing has a gradient, TrainingDiverged if a probe's loss is not finite.
+        were, bit for bit. Where a gradient is None or zero it stays so. One that is not finite is left as it is, for
+        the caller's own check to find. Raises ValueError for a beta outside 0 .. 1 or if nothing has a gradient,
+        TrainingDiverged if a probe's loss is not finite.
         """
         if not 0 <= beta <= 1:
             raise ValueError(f"beta must be from 0 to 1, got beta={beta}")
@@ -138,7 +137,7 @@ class Fogzo:
             generator = torch.Generator(weights[0].value.device).manual_seed(random)
             for direction, w in zip(v, weights, strict=True):
                 u = draw_noise(self.noise, direction, generator)
-                direction.add_(rotate(u, w.rotation), alpha=math.sqrt(1 - beta))
+                direction.add_(rotate(u, w.rotation) * (w.gradient != 0), alpha=math.sqrt(1 - beta))
         return v
 
 

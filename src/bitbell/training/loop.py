@@ -201,8 +201,7 @@ class _Run:
         if self.fogzo is None:
             return
         config = self.config
-        last = self.fogzo.default_beta if config.fogzo_beta is None else config.fogzo_beta
-        beta = beta_at(self.step, steps=config.steps, start=config.fogzo_start, last=last)
+        beta = beta_at(self.step, steps=config.steps, start=config.fogzo_start, last=config.fogzo_beta)
         if beta is None:
             return
 
