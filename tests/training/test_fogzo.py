@@ -432,6 +432,8 @@ def test_what_cannot_be_corrected_is_refused(llama: nn.Module) -> None:
         ("fogzo_beta", 1.5, "fogzo_beta must be from 0 to 1"),
         ("fogzo_noise", "gauss", "fogzo_noise must be uniform, logistic or triangular, got fogzo_noise='gauss'"),
         ("fogzo_samples", 0, "fogzo_samples must be at least 1"),
+        ("fogzo_start", 0.5, "fogzo_start must be left out without fogzo, got fogzo_start=0.5"),
+        ("fogzo_samples", 2, "fogzo_samples must be left out without fogzo"),
     ],
 )
 def test_a_configuration_out_of_range_is_named(make_config: Make, field: str, value: object, message: str) -> None:

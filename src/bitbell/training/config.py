@@ -147,6 +147,8 @@ class TrainConfig:
         _check(self, "fogzo_beta", 0 <= self.fogzo_beta <= 1, "from 0 to 1")
         known = self.fogzo_noise in ("uniform", "logistic", "triangular")
         _check(self, "fogzo_noise", known, "uniform, logistic or triangular")
+        for name in ("fogzo_start", "fogzo_beta", "fogzo_noise", "fogzo_samples"):
+            _check(self, name, self.fogzo or getattr(self, name) == getattr(type(self), name), "left out without fogzo")
         _check(self, "precision", self.precision in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16")
         known = re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None
         _check(self, "device", known, "auto, cpu, cuda or cuda:N")
