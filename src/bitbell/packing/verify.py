@@ -80,7 +80,7 @@ def _compare_weights(name: str, layer: TrainedLayer, packed: PackedLinear) -> in
     offset, packed_offset = layer.weight_offset, packed.weight_offset
     if (offset is None) != (packed_offset is None):
         raise VerificationError(f"{name}: only one of the two has a weight offset")
-    if offset is not None and not bool((offset == packed_offset).all()):
+    if offset is not None and packed_offset is not None and not bool(torch.eq(offset, packed_offset).all()):
         raise VerificationError(f"{name}: the weight offsets differ")
     return ours.numel()
 
