@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from bitbell.comparison.outcomes import read_note
 from bitbell.training.run import write_json
 
 STALE = 600.0  # seconds without renewal
@@ -89,10 +90,7 @@ def highest(folder: Path, name: str) -> int:
 
 def is_free(path: Path) -> bool:
     """Whether the owner of a claim has released it, is dead, or has not renewed it for STALE seconds."""
-    try:
-        owner = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        owner = {}  # being written at this moment, or torn by a crash: its age decides
+    owner = read_note(path)  # empty while it is being written, or torn by a crash: its age decides
     if owner.get("released"):
         return True
     me = identity()

@@ -83,8 +83,9 @@ def open_folder(
     if earlier is not None:
         _check_comparable(Path(earlier), *read_sweep(Path(earlier)), sweep)
         lines |= read_earlier(Path(earlier) / "results.jsonl")
+    values = stored.to_dict() | _facts(sweep)
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "sweep.json", stored.to_dict() | _facts(sweep))
+    write_json(out / "sweep.json", values)
     if earlier is not None:
         write_at_once(out / "earlier.jsonl", "".join(json.dumps(line) + "\n" for line in lines.values()))
     return SweepFolder(out, earlier={name: _outcome(line) for name, line in lines.items()}), sweep

@@ -40,8 +40,8 @@ class Outcome:
 
 def read_outcome(run: Path) -> Outcome:
     """How the run in a folder stands. A finished run with a loss that is not finite has diverged."""
-    note = _read(run / "outcome.json")
-    summary = _read(run / "summary.json")
+    note = read_note(run / "outcome.json")
+    summary = read_note(run / "summary.json")
     seconds = note.get("seconds")
     if not summary:
         return Outcome(note.get("status", "waiting"), note.get("message", ""), seconds)
@@ -67,8 +67,8 @@ def drop_checkpoints(run: Path) -> None:
     shutil.rmtree(run / "checkpoints", ignore_errors=True)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """A JSON object, or nothing where the file is missing or torn."""
+def read_note(path: Path) -> dict[str, Any]:
+    """A JSON object, or an empty one where the file is missing or torn."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

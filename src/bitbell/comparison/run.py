@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import signal
 import subprocess
@@ -73,14 +74,15 @@ def run_sweep(
     return _finish(folder, sweep, ended)
 
 
-def parse_budget(text: str | float | None) -> float | None:
+def parse_budget(budget: str | float | None) -> float | None:
     """Seconds of "90", "45s", "30m", "1.5h", "1d", or of a number. Raises ValueError."""
-    if text is None:
+    if budget is None:
         return None
-    found = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)\s*([smhd]?)", str(text).strip())
-    if isinstance(text, bool) or not found or not float(found[1]):
-        raise ValueError(f"budget must be a positive time like 90, 45s, 30m, 2h or 1d, got budget={text!r}")
-    return float(found[1]) * UNITS[found[2] or "s"]
+    found = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)\s*([smhd]?)", budget.strip()) if isinstance(budget, str) else None
+    seconds = float(found[1]) * UNITS[found[2] or "s"] if found else budget
+    if isinstance(seconds, str | bool) or not 0 < seconds < math.inf:
+        raise ValueError(f"budget must be a positive time like 90, 45s, 30m, 2h or 1d, got budget={budget!r}")
+    return float(seconds)
 
 
 def _values(spec: str | Path | Mapping[str, Any] | None, out: Path, changes: Mapping[str, Any]) -> tuple[Any, str]:
@@ -125,7 +127,7 @@ def _work_in_processes(
     with StopSignals() as signals:
         # In sessions of their own they get one signal each, from here, and not a second one from the terminal.
         started = [subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True) for _ in range(workers)]
-        statuses = _wait(started, signals)
+        statuses = wait_for(started, signals)
     crashed = [status for status in statuses if status not in (0, 1, 130)]
     if crashed:
         say(f"{len(crashed)} of {workers} workers ended with status {', '.join(map(str, crashed))}")
@@ -142,8 +144,8 @@ def work_as_told(arguments: str) -> int:
     ).exit_status
 
 
-def _wait(started: list[subprocess.Popen[bytes]], signals: StopSignals) -> list[int]:
-    """Exit statuses of the workers, once all have ended."""
+def wait_for(started: list[subprocess.Popen[bytes]], signals: StopSignals) -> list[int]:
+    """Exit statuses of the workers, once all have ended; a signal to this process is passed on to them."""
     passed_on = False
     try:
         while any(worker.poll() is None for worker in started):
