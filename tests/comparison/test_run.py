@@ -21,8 +21,9 @@ from bitbell.comparison.folder import open_folder
 from bitbell.comparison.outcomes import read_outcome
 from bitbell.comparison.plan import known_trials
 from bitbell.comparison.run import parse_budget, wait_for
+from bitbell.comparison.signals import StopSignals
 from bitbell.comparison.sweep import Sweep
-from bitbell.comparison.work import Budget, ClaimLost, QuietProgress, StopSignals, expected_seconds
+from bitbell.comparison.work import Budget, ClaimLost, QuietProgress, expected_seconds
 from bitbell.training import TrainConfig, train
 from bitbell.training.journal import read_metrics
 
@@ -165,26 +166,6 @@ def test_an_interrupted_sweep_continues_to_the_same_numbers(
     assert [e["step"] for e in read_metrics(run / "metrics.jsonl") if e["event"] == "train"] == [1, 2, 3]
     alone = TrainConfig(**values["train"], recipe="bbq-w2a2", learning_rate=4e-3, out=str(tmp_path / "alone"))
     assert train(alone).summary["loss"] == results(tmp_path / "out")[run.name]["loss"]
-
-
-def test_a_signal_is_noticed_whoever_handles_it() -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    with StopSignals() as signals:
-        assert not signals.received
-        ours = signal.signal(signal.SIGTERM, lambda *_: None)  # as training does while it runs
-        os.kill(os.getpid(), signal.SIGTERM)
-        signal.signal(signal.SIGTERM, ours)
-        assert signals.received
-    assert signals.received
-    assert signal.getsignal(signal.SIGTERM) == before
-
-
-def test_the_second_ctrl_c_does_not_wait() -> None:
-    with StopSignals() as signals:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert signals.received
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_a_signal_is_passed_on_to_the_workers_once() -> None:
@@ -350,6 +331,7 @@ def test_a_run_that_was_taken_over_is_dropped_and_the_sweep_waits_for_it(
     values: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("bitbell.comparison.work.POLL", 0.01)
+    monkeypatch.setattr("bitbell.comparison.work.LOOK_AGAIN", 0.01)
     lost: list[str] = []
 
     def lose_once(config: TrainConfig, progress: QuietProgress) -> Any:

@@ -18,8 +18,9 @@ from bitbell.comparison.folder import SweepFolder, open_folder
 from bitbell.comparison.outcomes import forget_failure
 from bitbell.comparison.plan import count, known_trials, pending
 from bitbell.comparison.results import markdown, write_results
+from bitbell.comparison.signals import StopSignals
 from bitbell.comparison.sweep import Sweep, read_sweep_file
-from bitbell.comparison.work import Budget, End, StopSignals, work_on
+from bitbell.comparison.work import Budget, End, Worker
 
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
@@ -68,7 +69,8 @@ def run_sweep(
     if not is_worker:
         _retry(folder, sweep)
     if workers == 1:
-        ended = work_on(folder, sweep, Budget(seconds), keep_checkpoints, lambda s: write_results(folder, s), say)
+        worker = Worker(folder, Budget(seconds), keep_checkpoints, lambda now: write_results(folder, now), say)
+        ended = worker.work_on(sweep)
     else:
         ended = _work_in_processes(folder, sweep, Budget(seconds), keep_checkpoints, workers, say)
     return _finish(folder, sweep, ended)

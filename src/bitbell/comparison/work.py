@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
-import socket
 import statistics
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import FrameType
-from typing import Any, Literal
+from typing import Literal
 
 from bitbell.comparison.claims import Claim, take
 from bitbell.comparison.folder import SweepFolder
 from bitbell.comparison.outcomes import drop_checkpoints, read_outcome, write_outcome
 from bitbell.comparison.plan import count, known_trials, pending
+from bitbell.comparison.signals import StopSignals
 from bitbell.comparison.sweep import Sweep, Trial
 from bitbell.training.journal import Progress
 
 End = Literal["done", "budget", "interrupted"]
+LOOK_AGAIN = 30.0  # seconds until a run is tried again that another process turned out to be training
 POLL = 2.0  # seconds between looks at a sweep whose remaining runs all belong to others
 
 
@@ -65,95 +62,69 @@ class QuietProgress(Progress):
         """Nothing: the sweep says a line for each run itself."""
 
 
-class StopSignals:
-    """Inside a `with`, `received` tells whether Ctrl-C or SIGTERM came, even while training had handlers of its own; a
-    second Ctrl-C interrupts at once."""
+@dataclass
+class Worker:
+    """This process's part in a sweep. `write_tables` is called after every run, `say` tells what happens."""
 
-    def __enter__(self) -> StopSignals:
-        self._seen, self._handled = False, False
-        self._previous: dict[int, Any] = {}
-        if threading.current_thread() is threading.main_thread():
-            # Python writes the number of every signal here, whichever handler is installed.
-            self._numbers, self._writer = socket.socketpair()
-            self._numbers.setblocking(False)
-            self._writer.setblocking(False)
-            self._previous_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._stop)
-        return self
+    folder: SweepFolder
+    budget: Budget
+    keep_checkpoints: bool
+    write_tables: Callable[[Sweep], None]
+    say: Callable[[str], None]
+    is_waiting: bool = False
+    elsewhere: dict[str, float] = field(default_factory=dict)  # runs that others train without a claim: when to look
 
-    @property
-    def received(self) -> bool:
-        """Whether one came since the `with` began."""
-        if self._previous and not self._seen:
-            with contextlib.suppress(BlockingIOError):
-                self._seen = any(number in self._previous for number in self._numbers.recv(1024))
-        return self._seen
+    def work_on(self, sweep: Sweep) -> End:
+        """Do runs of the sweep until nothing is left, the budget is spent, or a signal comes."""
+        with StopSignals() as signals:
+            while not signals.received:
+                sweep = self.folder.newest(sweep)
+                todo = pending(sweep, self.folder.look)
+                if not todo:
+                    return "done"
+                if not self.budget.allows(expected_seconds(sweep, self.folder)):
+                    return "budget"
+                claimed = self._claim_next(todo)
+                if claimed is None:
+                    self._wait(len(todo))
+                elif self._do(sweep, *claimed) == "stopped":
+                    break
+        return "interrupted"
 
-    def _stop(self, number: int, frame: FrameType | None) -> None:
-        if self._handled and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self._handled = True
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        if self._previous:
-            signal.set_wakeup_fd(self._previous_fd)
-            self._seen = self.received
-            self._numbers.close()
-            self._writer.close()
-        self._previous = {}
-
-
-def work_on(
-    folder: SweepFolder,
-    sweep: Sweep,
-    budget: Budget,
-    keep_checkpoints: bool,
-    write_tables: Callable[[Sweep], None],
-    say: Callable[[str], None],
-) -> End:
-    """Do runs of the sweep until nothing is left, the budget is spent, or a signal comes.
-
-    `write_tables` is called after every run.
-    """
-    is_waiting = False
-    with StopSignals() as signals:
-        while not signals.received:
-            sweep = folder.newest(sweep)
-            todo = pending(sweep, folder.look)
-            if not todo:
-                return "done"
-            if not budget.allows(expected_seconds(sweep, folder)):
-                return "budget"
-            claimed = _claim_next(folder, todo)
-            if claimed is None:
-                if not is_waiting:
-                    say(f"waiting for {len(todo)} run{'s' * (len(todo) != 1)} of other processes")
-                is_waiting = True
-                time.sleep(POLL)
+    def _claim_next(self, todo: list[Trial]) -> tuple[Trial, Claim] | None:
+        """The first run that is free."""
+        for trial in todo:
+            if self.elsewhere.get(trial.name, 0.0) > time.monotonic():
                 continue
-            is_waiting = False
-            trial, claim = claimed
-            with claim:
-                ended = _run(folder, sweep, trial, claim, keep_checkpoints)
-            if ended == "stopped":
-                return "interrupted"
-            if ended == "elsewhere":
-                say(f"{trial.name}: another process is training it")
-                time.sleep(POLL)
+            claim = take(self.folder.claims, trial.name)
+            if claim is None:
                 continue
-            say(_line(folder, sweep, trial))
-            _write(write_tables, sweep, say)
-    return "interrupted"
+            if not read_outcome(self.folder.run(trial)).is_done:  # its last owner may have finished it since we looked
+                return trial, claim
+            claim.release()
+        return None
 
+    def _wait(self, count: int) -> None:
+        if not self.is_waiting:
+            self.say(f"waiting for {count} run{'s' * (count != 1)} of other processes")
+        self.is_waiting = True
+        time.sleep(POLL)
 
-def _write(write_tables: Callable[[Sweep], None], sweep: Sweep, say: Callable[[str], None]) -> None:
-    try:
-        write_tables(sweep)
-    except Exception as error:  # no table is worth a sweep of days; at its end the error shows
-        say(f"the tables could not be written, the sweep goes on: {type(error).__name__}: {error}")
+    def _do(self, sweep: Sweep, trial: Trial, claim: Claim) -> str:
+        """One claimed run, and the tables with it; returns its status."""
+        self.is_waiting = False
+        with claim:
+            status = run_trial(self.folder, sweep, trial, claim, self.keep_checkpoints)
+        if status == "elsewhere":
+            self.say(f"{trial.name}: another process is training it")
+            self.elsewhere[trial.name] = time.monotonic() + LOOK_AGAIN
+        elif status != "stopped":
+            self.say(line_of(self.folder, sweep, trial))
+            try:
+                self.write_tables(sweep)
+            except Exception as error:  # no table is worth a sweep of days; at its end the error shows
+                self.say(f"the tables could not be written, the sweep goes on: {type(error).__name__}: {error}")
+        return status
 
 
 def expected_seconds(sweep: Sweep, folder: SweepFolder) -> float:
@@ -163,19 +134,7 @@ def expected_seconds(sweep: Sweep, folder: SweepFolder) -> float:
     return statistics.median(times) if times else 0.0
 
 
-def _claim_next(folder: SweepFolder, todo: list[Trial]) -> tuple[Trial, Claim] | None:
-    """The first run that is free."""
-    for trial in todo:
-        claim = take(folder.claims, trial.name)
-        if claim is None:
-            continue
-        if not read_outcome(folder.run(trial)).is_done:  # its last owner may have finished it since we looked
-            return trial, claim
-        claim.release()
-    return None
-
-
-def _run(folder: SweepFolder, sweep: Sweep, trial: Trial, claim: Claim, keep_checkpoints: bool) -> str:
+def run_trial(folder: SweepFolder, sweep: Sweep, trial: Trial, claim: Claim, keep_checkpoints: bool) -> str:
     """Train one run and note its end; returns its status, or "elsewhere" if it turned out to belong to another."""
     from bitbell.training import TrainingDiverged, train
     from bitbell.training.run import RunLocked
@@ -199,7 +158,8 @@ def _run(folder: SweepFolder, sweep: Sweep, trial: Trial, claim: Claim, keep_che
     return status
 
 
-def _line(folder: SweepFolder, sweep: Sweep, trial: Trial) -> str:
+def line_of(folder: SweepFolder, sweep: Sweep, trial: Trial) -> str:
+    """How a run ended, and how many of the sweep are done."""
     outcome = folder.look(trial)
     done = sum(folder.look(other).is_done for other in known_trials(sweep, folder.look))
     what = f"loss {outcome.loss:.4f}" if outcome.status == "finished" else f"{outcome.status}: {outcome.message}"
