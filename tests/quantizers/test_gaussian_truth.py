@@ -64,7 +64,7 @@ class Case:
             return 4 / (n - 1)
         if self.method == "narrow":
             return NARROW_STEPS[self.bits][1]
-        return 0.4870795 if self.method == "quest-fp4" else 2 * mean / math.sqrt(n / 2 - 1)
+        return 0.4870795 if self.method == "quest-fp4" else 2 * mean / math.sqrt(max(n / 2 - 1, 1))
 
 
 CASES = [
@@ -85,6 +85,8 @@ CASES = [
     Case("lsq-plus", 1, -0.5, 1.000000, 0.363380, 0.363380, 0.797885),
     Case("lsq-plus", 2, -0.5, 1.903729, 0.118846, 0.118846, 0.938698),
     Case("lsq-plus", 4, -0.5, 3.602452, 0.011543, 0.011543, 0.994212),
+    Case("seq", 1, -0.5, 1.000000, 0.363380, 0.363380, 0.797885),
+    Case("pact", 1, -0.5, 1.000000, 0.363380, 0.363380, 0.797885),
     Case("pact", 2, -0.5, 1.501544, 0.213539, 0.177968, 0.906660),
     Case("pact", 4, -0.5, 2.798056, 0.030316, 0.029424, 0.985178),
     Case("n2uq", 1, -0.5, 1.000000, 0.363380, 0.363380, 0.797885),
