@@ -79,7 +79,13 @@ def test_the_same_input_twice_is_quantized_twice() -> None:
     assert calls.count == 2
 
 
-@pytest.mark.parametrize("recipe", ["bbq-w2a2", "bbq-token-w4a4", "quest-w2a2", "lsq-w2a2"])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        *("bbq-w2a2", "bbq-token-w4a4", "bbq-w2a2:learn_offset=true", "quest-w2a2", "absmax-w2a2"),
+        *("lsq-w2a2", "lsq-plus-w2a2", "n2uq-w3a3", "seq-w2a2", "pact-w4a4", "nf-w3a3:a.granularity=running"),
+    ],
+)
 @pytest.mark.parametrize("training", [True, False])
 def test_shared_and_unshared_inputs_give_the_same_output_and_gradients(recipe: str, training: bool) -> None:
     shared, unshared = build(recipe).double(), build(recipe, share_inputs=False).double()
@@ -91,12 +97,11 @@ def test_shared_and_unshared_inputs_give_the_same_output_and_gradients(recipe: s
         y.backward(torch.ones_like(y).cumsum(-1))
         grads.append((y.detach(), leaf.grad, model.q_proj.weight.grad, model.up_proj.weight.grad))
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-12, atol=1e-12)
-    if "quest" not in recipe:
-        parts = sum(getattr(unshared, name).activation_quantizer.scale.grad for name in NAMES)
-        torch.testing.assert_close(shared.q_proj.activation_quantizer.scale.grad, parts, rtol=1e-11, atol=1e-12)
-    if recipe == "bbq-w2a2" and training:
-        moved = [m.q_proj.activation_quantizer.running_inverse_rms for m in (shared, unshared)]
-        torch.testing.assert_close(*moved, rtol=1e-12, atol=0)
+    for name, parameter in shared.q_proj.activation_quantizer.named_parameters():
+        parts = [getattr(unshared, layer).activation_quantizer.get_parameter(name).grad for layer in NAMES]
+        torch.testing.assert_close(parameter.grad, sum(parts), rtol=1e-11, atol=1e-12)
+    for name, moved in shared.q_proj.activation_quantizer.named_buffers():
+        torch.testing.assert_close(moved, unshared.q_proj.activation_quantizer.get_buffer(name), rtol=1e-12, atol=0)
 
 
 def test_a_deep_copy_shares_within_itself_and_with_nothing_else() -> None:
@@ -138,13 +143,22 @@ def test_a_layer_called_alone_twice_has_a_graph_of_its_own_each_time() -> None:
 
 
 @torch.no_grad()
-def test_a_sibling_called_later_sees_a_changed_scale_and_a_changed_input() -> None:
-    model = build().eval()
+@pytest.mark.parametrize(
+    ("recipe", "changed"),
+    [
+        ("bbq-w2a2", "scale"),
+        ("bbq-w2a2:learn_offset=true,learn_scale=false", "offset"),
+        ("n2uq-w2a2", "segments"),
+        ("lsq-plus-w2a2", "offset"),
+    ],
+)
+def test_a_sibling_called_later_sees_a_changed_parameter_and_a_changed_input(recipe: str, changed: str) -> None:
+    model = build(recipe).eval()
     x = torch.randn(2, 128)
     fresh = copy.deepcopy(model)
     model.q_proj(x)
     for m in (model, fresh):
-        m.q_proj.activation_quantizer.scale.mul_(2)
+        getattr(m.q_proj.activation_quantizer, changed).mul_(2).add_(0.5)
     assert torch.equal(model.k_proj(x), fresh.k_proj(x.clone()))
     model.q_proj(x)
     x.mul_(-1)

@@ -21,7 +21,7 @@ class SharedInput:
     """Quantizes once what several layers are fed: q, k and v, or gate and up, share one activation quantizer.
 
     The result is kept from the first layer's call until the last one's, and is used only for the very same tensor,
-    unchanged, under the same modes and scale, and once a layer; anything else is quantized anew.
+    unchanged, under the same modes and parameters, and once a layer; anything else is quantized anew.
     """
 
     def __init__(self, quantizer: Quantizer, num_layers: int) -> None:
@@ -39,11 +39,12 @@ class SharedInput:
         return quantized
 
     def _state(self, x: Tensor) -> tuple[object, ...]:
-        """What else the result depends on: modes, and the counts of in-place changes of the input and the scale."""
+        """What else the result depends on: modes, and the counts of in-place changes of the input and parameters."""
         modes = torch.is_grad_enabled(), self.quantizer.training
         if torch.compiler.is_compiling():  # one graph holds all layers of a group, and nothing changes between them
             return modes
-        return *modes, *(0 if tensor.is_inference() else tensor._version for tensor in (x, self.quantizer.scale))
+        tensors = (x, self.quantizer.scale, *self.quantizer.parameters())
+        return *modes, *(0 if tensor.is_inference() else tensor._version for tensor in tensors)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SharedInput:
         import copy

@@ -44,7 +44,8 @@ class Recipe:
     rotation), a block, or None. weight_options, activation_options: further arguments of the method's quantizer, and
     for every method "granularity": "row" or "tensor" for weights; "token", "tensor" or "running" for activations,
     where the method has them. activation_method: of the activations, by default the method's own choice.
-    Raises ValueError for an unknown method or option, or for a width that the method does not have.
+    Raises ValueError for an unknown method or option, for a width that the method does not have, or for options of
+    activations that are left alone.
     """
 
     method: str
