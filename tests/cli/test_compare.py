@@ -74,7 +74,7 @@ def test_the_budget_ends_it_and_a_failure_shows_in_the_status(
     assert main([*flags, *out]) == 1
     captured = capsys.readouterr()
     assert "none-lr0.004-seed0 failed: RuntimeError: no luck" in captured.out
-    assert "bitbell compare: 1 runs failed: none-lr0.004-seed0" in captured.err
+    assert "bitbell compare: failed: none-lr0.004-seed0" in captured.err
 
 
 @pytest.mark.parametrize(

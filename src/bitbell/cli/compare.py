@@ -66,7 +66,7 @@ def compare(
     print(result.table)
     print(f"\n{_how_it_stands(result.ended, result.done, result.runs)}: {result.out / 'index.html'}")
     if result.failed:
-        print(f"bitbell compare: {len(result.failed)} runs failed: {', '.join(result.failed)}", file=sys.stderr)
+        print(f"bitbell compare: failed: {', '.join(result.failed)}", file=sys.stderr)
     return result.exit_status
 
 
