@@ -1,4 +1,4 @@
-"""Does full precision gain from the path that an off-centre grid adds? Part of docs/results/off-centre.md.
+"""Does full precision gain from the path that an off-centre grid adds?
 
     python benchmarks/off_centre.py --data data/kjv --out results/off-centre-path --seeds 0 1 2
 

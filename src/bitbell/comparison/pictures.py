@@ -86,8 +86,10 @@ def draw_quality(rows: Sequence[Row], looks: Looks) -> Picture | None:
     label_at_right(axes, marks)
     caption = (
         "Mean over the seeds at each method's own best learning rate; bars and the band are one standard deviation "
-        "to either side. The line across is full precision."
+        "to either side."
     )
+    if any(row.setting.bits is None for row in known):
+        caption += " The line across is full precision."
     return Picture("quality", "Quality against bits", caption, _alt("Validation loss by width", known), figure)
 
 

@@ -122,7 +122,7 @@ def _work_in_processes(
         "out": str(folder.path.resolve()),
         "budget": budget.left(),
         "keep_checkpoints": keep_checkpoints,
-        "changes": {"train": {"threads": sweep.train.get("threads") or 1}},
+        "changes": {"train": sweep.train | {"threads": sweep.train.get("threads") or 1}},
     }
     code = "import sys; from bitbell.comparison.run import work_as_told; sys.exit(work_as_told(sys.argv[1]))"
     command = [sys.executable, "-c", code, json.dumps(arguments)]

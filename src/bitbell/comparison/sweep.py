@@ -140,8 +140,11 @@ class Sweep:
         having = {setting.label for setting in self.settings}
         for label in self.methods:
             if label not in having:
-                reasons = [gap.reason for gap in self.gaps if gap.label == label]
-                raise ValueError(f"{source}: methods: {label!r} has none of the widths in bits: {reasons[0]}")
+                reasons = dict.fromkeys(gap.reason for gap in self.gaps if gap.label == label)
+                raise ValueError(f"{source}: methods: {label!r} fits none of the widths in bits: {'; '.join(reasons)}")
+        missing = [bits for bits in self.bits if all(setting.bits != bits for setting in self.settings)]
+        if missing and any(setting.bits is not None for setting in self.settings):
+            raise ValueError(f"{source}: bits: no method of the sweep has {', '.join(missing)}")
         trials = [Trial(s, seed, rate) for s in self.settings for seed in self.seeds for rate in self.learning_rates]
         counts = Counter(trial.name.lower() for trial in trials)
         for trial in trials:

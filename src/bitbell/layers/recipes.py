@@ -167,7 +167,10 @@ class Recipe:
         kind, options = METHODS[self.method], dict(self.weight_options)
         granularity = options.pop("granularity", "tensor" if kind.weights_share_scale else "row")
         if granularity not in ("row", "tensor"):
-            raise ValueError(f"granularity of weights must be 'row' or 'tensor', got {granularity!r}")
+            hint = "; for activations write a.granularity=" if granularity in ("token", "running") else ""
+            raise ValueError(
+                f"granularity of weights must be 'row' or 'tensor', got {granularity!r}{hint and hint + granularity}"
+            )
         if granularity == "tensor" and kind.granularity_option in known_options(kind):
             options[kind.granularity_option] = "tensor"
         return make_quantizer(
