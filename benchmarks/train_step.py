@@ -28,11 +28,21 @@ from bitbell.evaluation.loss import autocast
 from bitbell.layers import calibrate, quantize
 from bitbell.models import build_model
 from bitbell.models.presets import PRESETS, Preset
+from bitbell.quantizers import METHODS
 from bitbell.training.loop import pick_precision
 
 PRESETS["wide"] = Preset(
     layers=2, width=1024, heads=8, feed_forward=2816, learning_rate=6e-4, tokens=1e10, vocabulary=1024
 )
+
+
+# Two bits, or the fewest that the method has.
+EVERY_METHOD = [
+    f"{method}-w{bits}a{bits}"
+    for method, kind in METHODS.items()
+    if kind.for_weights
+    for bits in [max(2, min(kind.widths))]
+]
 
 
 @dataclass
@@ -123,7 +133,7 @@ def peak_resident_bytes() -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["tiny", "wide"])
-    parser.add_argument("--recipes", nargs="+", default=["none", "bbq-w2a2", "quest-w2a2", "lsq-w2a2"])
+    parser.add_argument("--recipes", nargs="+", default=["none", *EVERY_METHOD])
     parser.add_argument("--modes", nargs="+", default=["eager", "compiled"])
     parser.add_argument("--batch", type=int, nargs=2, default=[8, 256], help="sequences and tokens in each")
     parser.add_argument("--rounds", type=int, default=7)

@@ -13,7 +13,7 @@ from bitbell.kernels import rotate
 from bitbell.layers import QuantLinear, Recipe
 from bitbell.layers.product import integer_linear, levels_of
 from bitbell.layers.recipes import VARIANTS
-from bitbell.quantizers import METHODS, Quantized
+from bitbell.quantizers import METHODS, Quantized, QuEST
 
 quick = settings(derandomize=True, max_examples=30, deadline=None)
 RECIPES = ["bbq-w2a2", "bbq-tensor-w4a4", "bbq-token-w3a1", "quest-w2a3", "quest-tuned-w1a1", "lsq-w2a2", "lsq-w1a1"]
@@ -201,11 +201,17 @@ def test_the_layer_keeps_codes_for_the_backward_pass_and_one_float_input(recipe:
         layer(x)
     known = {p.data_ptr() for p in layer.parameters()}
     extra = [t for pointer, t in kept.items() if pointer not in known and t.numel() > 64]
-    # The input itself, or the rotated input in its place: BBQ and QuEST, which take a weight without rows for one too.
-    rotated_weight = layer.recipe.method in ("bbq", "quest") and layer.weight_quantizer.rows is None
-    floats = [(t.dtype, t.shape) for t in extra if t.dtype != torch.int8]
-    assert set(floats) == {(x.dtype, x.shape)} | ({(x.dtype, layer.weight.shape)} if rotated_weight else set())
-    assert len(floats) == 1 + rotated_weight
+    # The input itself; BBQ the rotated input in its place (taking a weight without rows for one); QuEST a mask.
+    operands = [(layer.weight_quantizer, layer.weight.shape)]
+    if layer.activation_quantizer is not None:
+        operands.append((layer.activation_quantizer, x.shape))
+    rotated_weight = layer.recipe.method == "bbq" and layer.weight_quantizer.rows is None
+    floats = [layer.weight.shape] * rotated_weight
+    masked = [shape for q, shape in operands if isinstance(q, QuEST) and q.estimator != "bell"]
+    slopes = [shape for q, shape in operands if isinstance(q, QuEST) and q.estimator == "bell"]
+    floats += slopes if isinstance(layer.activation_quantizer, QuEST) else [x.shape]
+    assert sorted(t.shape for t in extra if t.dtype == x.dtype) == sorted(floats)
+    assert sorted(t.shape for t in extra if t.dtype == torch.bool) == sorted(masked)
     codes = [t for t in extra if t.dtype == torch.int8]
     assert sorted(t.shape[0] for t in codes) == [32, 64]
 

@@ -642,12 +642,13 @@ def test_the_backward_pass_keeps_one_float_input_int8_codes_and_small_things_onl
         y = q(x)
     big = [t for t in kept.values() if t.numel() > 16]
     inputs = [t for t in big if t.dtype == x.dtype]
-    # Of a weight, which is there anyway, x itself; activations of BBQ and QuEST are kept rotated instead.
-    assert len(inputs) == 1
-    assert inputs[0].shape == x.shape
-    if group_of(kind) == "row" or issubclass(method_of(kind), FormulaQuantizer):
+    masks = [t for t in big if t.dtype == torch.bool]
+    # Of a weight, which is there anyway, x itself; BBQ keeps activations rotated instead; QuEST needs its mask only.
+    assert (len(inputs), len(masks)) == ((0, 1) if method_of(kind).method == "quest" else (1, 0))
+    assert all(t.shape == x.shape for t in inputs + masks)
+    if inputs and (group_of(kind) == "row" or issubclass(method_of(kind), FormulaQuantizer)):
         assert inputs[0].data_ptr() == x.data_ptr()
-    codes = [t for t in big if t.dtype != x.dtype]
+    codes = [t for t in big if t.dtype not in (x.dtype, torch.bool)]
     assert all(t.dtype == torch.int8 and t.shape == x.shape for t in codes)
     assert len(codes) <= 1
     y.sum().backward()

@@ -100,6 +100,14 @@ def rotate_gradient(g: Tensor, block: int | None, dtype: torch.dtype) -> Tensor:
     return rotated if power == block**-0.5 else rotated * (block**-0.5 / power)
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """What a linear layer would compute in for input `x`: autocast's type where that is on, else the input's own."""
+    kind = x.device.type
+    if kind == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return x.dtype
+    return torch.get_autocast_dtype(kind)
+
+
 def no_autocast(device: torch.device) -> AbstractContextManager[None]:
     """Switch autocast off on `device`; the meta device, which only carries shapes, has none."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bitbell.kernels import rotate
-from bitbell.layers.product import grid_of, integer_linear, product_dtype
+from bitbell.kernels import product_dtype, rotate
+from bitbell.layers.product import grid_of, integer_linear
 from bitbell.layers.recipes import Recipe
 from bitbell.quantizers import Quantized, Quantizer
 

@@ -45,14 +45,6 @@ def integer_linear(x: Quantized, w: Quantized, x_grid: Grid, w_grid: Grid, dtype
     )
 
 
-def product_dtype(x: Tensor) -> torch.dtype:
-    """What a linear layer would compute in for input `x`: autocast's type where that is on, else the input's own."""
-    kind = x.device.type
-    if kind == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
-        return x.dtype
-    return torch.get_autocast_dtype(kind)
-
-
 def add_offsets(
     y: Tensor, x_sums: Tensor, w_sums: Tensor, x: tuple[Tensor, Tensor | None], w: tuple[Tensor, Tensor | None], k: int
 ) -> Tensor:

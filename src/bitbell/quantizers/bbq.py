@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from bitbell.kernels import ROTATION_BLOCK, rotate, rotate_gradient
+from bitbell.kernels import ROTATION_BLOCK, product_dtype, rotate, rotate_gradient
 from bitbell.quantizers.base import Quantized, Quantizer, sum_to, wide
 from bitbell.quantizers.quest import OPTIMAL_CLIP
 
@@ -196,9 +196,10 @@ class _BellBox(torch.autograd.Function):
         # nothing of x.
         trace_of_nan = 0 / inverse_rms if frozen_inverse_rms is None else 0 * h.sum()
         step = scale.to(h.dtype) / half + trace_of_nan
-        # A weight is there anyway; of activations keep the rotated ones, which spares the backward pass a rotation.
-        ctx.kept_rotated = not is_weight
-        ctx.save_for_backward(h.to(x.dtype) if ctx.kept_rotated else x, scale, codes, inverse_rms)
+        # Gradients come out of products in this type; what is kept for them, and their rotation, may be as narrow. A
+        # weight is there anyway; of activations keep the rotated ones, which spares the backward pass a rotation.
+        ctx.narrow, ctx.kept_rotated = product_dtype(x), not is_weight
+        ctx.save_for_backward(h.to(ctx.narrow) if ctx.kept_rotated else x, scale, codes, inverse_rms)
         ctx.group = group if frozen_inverse_rms is None and group != "none" and rms_gradient else None
         ctx.bits, ctx.zero_point, ctx.rotation, ctx.estimator = bits, zero_point, rotation, estimator
         ctx.x_dtype, ctx.offset = x.dtype, None if offset is None else (offset.shape, offset.dtype)
@@ -220,7 +221,7 @@ class _BellBox(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             h = wide(kept) if ctx.kept_rotated else rotate(wide(kept), ctx.rotation)
             grad_h = _estimate(g, h * inverse_rms, scale.to(h.dtype) * inverse_rms, ctx)
-            grad_x = rotate_gradient(grad_h, ctx.rotation, ctx.x_dtype)
+            grad_x = rotate_gradient(grad_h, ctx.rotation, ctx.narrow).to(ctx.x_dtype)
         return grad_x, grad_scale, grad_offset, *[None] * 8
 
 

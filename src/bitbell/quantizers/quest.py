@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitbell.kernels import ROTATION_BLOCK, rotate, rotate_gradient
+from bitbell.kernels import ROTATION_BLOCK, product_dtype, rotate, rotate_gradient
 from bitbell.quantizers.base import Quantized, Quantizer, wide
 
 # Clip that minimises the mean squared error of a standard Gaussian on 2**bits uniform symmetric levels.
@@ -77,7 +77,7 @@ class QuEST(Quantizer):
         n = 2**self.bits
         mask_scale = n / (n - 1) if self.mask_scale is None else self.mask_scale
         mask_scale = 1.0 if self.estimator == "clip" else mask_scale
-        how = self.bits, mask_scale, self.rotation, self.estimator, self.rows is not None
+        how = self.bits, mask_scale, self.rotation, self.estimator
         return Quantized(*_TrustQuantize.apply(x, self.rms == "tensor", *how))
 
     def initial_scale(self, x: Tensor) -> Tensor:
@@ -106,18 +106,11 @@ def _clip(h: Tensor, whole_tensor: bool, bits: int) -> Tensor:
 
 
 class _TrustQuantize(torch.autograd.Function):
-    """The formulas above. Keeps only its input for the backward pass and recomputes the mask from it."""
+    """The formulas above. Keeps only the mask for the backward pass, one byte an element."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        whole_tensor: bool,
-        bits: int,
-        mask_scale: float,
-        rotation: int | None,
-        estimator: str,
-        is_weight: bool,
+        ctx: Any, x: Tensor, whole_tensor: bool, bits: int, mask_scale: float, rotation: int | None, estimator: str
     ) -> tuple[Tensor, Tensor, Tensor]:
         h = rotate(wide(x), rotation)
         clip = _clip(h, whole_tensor, bits)
@@ -125,22 +118,25 @@ class _TrustQuantize(torch.autograd.Function):
         half = 2 ** (bits - 1)
         code = (h / step - 0.5).round().clamp(-half, half - 1)
         codes = code.to(torch.int8)
-        # A weight is there anyway; of activations keep the rotated ones, which spares the backward pass a rotation.
-        ctx.kept_rotated = not is_weight
-        ctx.save_for_backward(h.to(x.dtype) if ctx.kept_rotated else x, clip)
-        ctx.bits, ctx.mask_scale, ctx.rotation, ctx.estimator = bits, mask_scale, rotation, estimator
-        ctx.x_dtype = x.dtype
+        # Gradients come out of products in this type; their rotation may be as narrow.
+        ctx.rotation, ctx.narrow, ctx.x_dtype = rotation, product_dtype(x), x.dtype
+        ctx.save_for_backward(_slope(h, clip, bits, mask_scale, estimator, ctx.narrow))
         ctx.mark_non_differentiable(codes, step)
         return (code + 0.5) * step, codes, step
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        kept, clip = ctx.saved_tensors
-        h = wide(kept) if ctx.kept_rotated else rotate(wide(kept), ctx.rotation)
-        if ctx.estimator == "bell":
-            v = h * (OPTIMAL_CLIP[ctx.bits] / clip)
-            g = g * (BELL_SCALE * math.sqrt(2 / math.pi)) * (-0.5 * v.square()).exp()
-        elif ctx.estimator != "identity":
-            # |y - h| <= D/2 holds for every h inside the clip, and outside it up to half a step: |h| <= a n / (n - 1).
-            g = g * (h.abs() <= ctx.mask_scale * clip)
-        return rotate_gradient(g, ctx.rotation, ctx.x_dtype), *[None] * 6
+        (slope,) = ctx.saved_tensors
+        grad_h = g if slope is None else g * slope
+        return rotate_gradient(grad_h, ctx.rotation, ctx.narrow).to(ctx.x_dtype), *[None] * 5
+
+
+def _slope(h: Tensor, clip: Tensor, bits: int, mask_scale: float, estimator: str, dtype: torch.dtype) -> Tensor | None:
+    """What the gradient is multiplied by: a boolean mask, BBQ's slope in `dtype`, or None for one everywhere."""
+    if estimator == "identity":
+        return None
+    if estimator == "bell":
+        v = h * (OPTIMAL_CLIP[bits] / clip)
+        return ((-0.5 * v.square()).exp() * (BELL_SCALE * math.sqrt(2 / math.pi))).to(dtype)
+    # |y - h| <= D/2 holds for every h inside the clip, and outside it up to half a step: |h| <= a n / (n - 1).
+    return h.abs() <= mask_scale * clip
