@@ -29,8 +29,7 @@ from torch import Tensor, nn
 import bitbell.training.loop as loop
 from bitbell.data import Batches, TokenDataset
 from bitbell.kernels import ROTATION_BLOCK
-from bitbell.quantizers.bbq import INITIAL_SCALE
-from bitbell.quantizers.steps import scale_gradient
+from bitbell.quantizers.steps import BELL_SCALE, scale_gradient
 from bitbell.training import TrainConfig, train
 from bitbell.training.run import build_run_model
 
@@ -52,7 +51,7 @@ class MovedLinear(nn.Linear):
         layer = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
         layer.weight, layer.bias = linear.weight, linear.bias
         moves_weight, moves_input, learned = VARIANTS[variant]
-        unit = INITIAL_SCALE * share
+        unit = BELL_SCALE * share
         dw = unit * float(linear.weight.detach().square().mean().sqrt()) * moves_weight
         layer.dw = nn.Parameter(torch.full((linear.out_features, 1), dw), requires_grad=learned and moves_weight)
         layer.dx = nn.Parameter(torch.full((1,), unit * input_rms * moves_input), requires_grad=learned and moves_input)

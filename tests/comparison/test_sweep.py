@@ -131,7 +131,7 @@ def test_files_are_toml_or_json(tmp_path: Path) -> None:
         ("a.toml", b"methods = [", "a.toml is no valid TOML"),
         ("a.toml", b"seeds = [1]\nseeds = [2]\n", "a.toml is no valid TOML"),
         ("a.json", b"{", "a.json is no valid JSON"),
-        ("a.json", b"[]", "a.json must hold keys with values, got a list"),
+        ("a.json", b"[]", "a.json must hold fields with values, got a list"),
         ("a.toml", b"\xff\xfe", "cannot read the sweep .*a.toml: it is no text"),
     ],
 )

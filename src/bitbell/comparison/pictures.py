@@ -15,7 +15,7 @@ from bitbell.comparison.folder import SweepFolder
 from bitbell.comparison.plan import tune_loss
 from bitbell.comparison.rows import Row, bits_of
 from bitbell.comparison.sweep import Sweep
-from bitbell.reports.curves import draw_loss
+from bitbell.reports.curves import Looks, draw_loss
 from bitbell.reports.drawing import (
     CARD,
     COLOURS,
@@ -34,8 +34,6 @@ from bitbell.reports.runs import Run, finite, read_run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-Looks = dict[str, Look]
 
 
 def method_looks(sweep: Sweep) -> Looks:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import re
-import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -14,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from bitbell.training.config import TrainConfig
+from bitbell.training.config import TrainConfig, read_values
 
 # What the sweep itself sets in every run, and what would keep its runs from ever finishing.
 OWN_FIELDS = ("recipe", "rules", "seed", "learning_rate", "out", "stop_after")
@@ -180,19 +178,7 @@ def expand(label: str, recipe: str, width: str) -> Setting | Gap:
 
 def read_sweep_file(path: str | Path) -> dict[str, Any]:
     """The plain values of a .toml or .json sweep file. Raises ValueError naming the file if it cannot be read."""
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no text"
-        raise ValueError(f"cannot read the sweep {path}: {reason}") from None
-    try:
-        values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{path} is no valid {'JSON' if path.suffix == '.json' else 'TOML'}: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold keys with values, got a {type(values).__name__}")
-    return {key.replace("-", "_"): value for key, value in values.items()}
+    return read_values(path, "sweep")
 
 
 def parse_width(value: Any) -> str:

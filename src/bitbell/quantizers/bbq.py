@@ -28,11 +28,7 @@ from torch import Tensor, nn
 
 from bitbell.kernels import ROTATION_BLOCK, product_dtype, rotate, rotate_gradient
 from bitbell.quantizers.base import Quantized, Quantizer, sum_to, wide
-from bitbell.quantizers.quest import OPTIMAL_CLIP
-
-INITIAL_SCALE = 1.694  # times the RMS; the published code's constant (the limit for many bits is 3 / sqrt(pi) = 1.6926)
-RUNNING_DECAY = 0.99  # of BBQ-Fast's running average of 1 / RMS
-SMALLEST_RMS = 1e-8  # an all-zero group stays finite, forward and backward
+from bitbell.quantizers.steps import BELL_SCALE, OPTIMAL_CLIP, RUNNING_DECAY, SMALLEST_SIZE
 
 RMS_GROUPS = ("tensor", "running", "token")
 ESTIMATORS = ("bell", "trust", "clip", "identity")
@@ -116,16 +112,16 @@ class BBQ(Quantizer):
     def _update_running_statistics(self, inverse_rms: Tensor) -> None:
         """An average step, but for a batch that says nothing: empty, all zero (1/RMS would be 1e8), or not finite."""
         running = self.running_inverse_rms
-        usable = (inverse_rms > 0) & (inverse_rms < 1 / SMALLEST_RMS)
+        usable = (inverse_rms > 0) & (inverse_rms < 1 / SMALLEST_SIZE)
         running.lerp_(torch.where(usable, inverse_rms.to(running.dtype), running), 1 - RUNNING_DECAY)
 
     def initial_scale(self, x: Tensor) -> Tensor:
         rms = rotate(wide(x), self.rotation).square().mean().sqrt()
         if self.rms == "running":
-            self.running_inverse_rms.copy_(1 / rms.clamp_min(SMALLEST_RMS))
+            self.running_inverse_rms.copy_(1 / rms.clamp_min(SMALLEST_SIZE))
         if self.start is not None:
             return self.start + 0 * rms  # an overflow shows
-        return INITIAL_SCALE * rms.clamp_min(SMALLEST_RMS)
+        return BELL_SCALE * rms.clamp_min(SMALLEST_SIZE)
 
     def step(self) -> Tensor:
         return self.scale / 2 ** (self.bits - 1)
@@ -160,7 +156,7 @@ def _inverse_rms(h: Tensor, group: str) -> Tensor:
         norm, count = torch.linalg.vector_norm(h, dim=-1, keepdim=True), h.shape[-1]
     else:
         norm, count = torch.linalg.vector_norm(h).reshape(1), h.numel()
-    return (norm * max(count, 1) ** -0.5).clamp_min(SMALLEST_RMS).reciprocal()
+    return (norm * max(count, 1) ** -0.5).clamp_min(SMALLEST_SIZE).reciprocal()
 
 
 class _BellBox(torch.autograd.Function):

@@ -16,11 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from bitbell.kernels import rotate, rotate_gradient
+from bitbell.kernels import product_dtype, rotate, rotate_gradient
 from bitbell.quantizers.base import Quantized, Quantizer, wide
-from bitbell.quantizers.steps import size_of
-
-RUNNING_DECAY = 0.99  # of the running average of a statistic, as in BBQ-Fast
+from bitbell.quantizers.steps import RUNNING_DECAY, size_of
 
 
 class FormulaQuantizer(Quantizer):
@@ -136,7 +134,7 @@ class _Formula(torch.autograd.Function):
         ctx: Any, quantizer: FormulaQuantizer, x: Tensor, frozen: Tensor | None, *parameters: Tensor
     ) -> tuple[Tensor | None, ...]:
         values, codes, step, offset, size = quantizer._evaluate(x, frozen)
-        ctx.quantizer = quantizer
+        ctx.quantizer, ctx.narrow = quantizer, product_dtype(x)  # the type that gradients come in
         ctx.save_for_backward(x, size, *parameters)
         ctx.mark_non_differentiable(*(t for t in (codes, step, offset, size) if t is not None))
         return values, codes, step, offset, size
@@ -154,5 +152,5 @@ class _Formula(torch.autograd.Function):
             found = iter(torch.autograd.grad(values, asked, g, allow_unused=True))
         grads = [next(found) if need else None for need in wanted]
         if grads[0] is not None:
-            grads[0] = rotate_gradient(grads[0], quantizer.rotation, x.dtype)
+            grads[0] = rotate_gradient(grads[0], quantizer.rotation, ctx.narrow).to(x.dtype)
         return None, grads[0], None, *grads[1:]

@@ -17,10 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitbell.kernels import rotate, rotate_gradient
+from bitbell.kernels import product_dtype, rotate, rotate_gradient
 from bitbell.quantizers.base import Quantized, Quantizer, sum_to, wide
-
-SMALLEST_STEP = 1e-8  # a step that training drives to zero or below acts as this, and may come back
+from bitbell.quantizers.steps import SMALLEST_SIZE, size_of
 
 
 class LSQ(Quantizer):
@@ -44,15 +43,18 @@ class LSQ(Quantizer):
         return Quantized(*_LearnedStep.apply(x, self.scale, self.bits, self.rotation))
 
     def initial_scale(self, x: Tensor) -> Tensor:
-        size = rotate(wide(x), self.rotation).abs()
-        mean = size.mean().reshape(1) if self.rows is None else size.mean(-1, keepdim=True)
-        return (2 * mean / math.sqrt(_top(self.bits))).clamp_min(SMALLEST_STEP)
+        return lsq_start(rotate(wide(x), self.rotation), self.bits, self.rows is not None)
 
     def step(self) -> Tensor:
-        return self.scale.clamp_min(SMALLEST_STEP)
+        return self.scale.clamp_min(SMALLEST_SIZE)
 
     def options(self) -> dict[str, Any]:
         return {name: value for name, value in super().options().items() if name != "zero_point"}
+
+
+def lsq_start(h: Tensor, bits: int, by_row: bool) -> Tensor:
+    """The step 2 mean|h| / sqrt(Qp) to start from: (1,), or (rows, 1) by row."""
+    return (2 * size_of(h, "absmean", by_row) / math.sqrt(_top(bits))).clamp_min(SMALLEST_SIZE)
 
 
 def _top(bits: int) -> int:
@@ -65,13 +67,13 @@ class _LearnedStep(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, bits: int, rotation: int | None) -> tuple[Tensor, Tensor, Tensor]:
         h = rotate(wide(x), rotation)
-        step = scale.to(h.dtype).clamp_min(SMALLEST_STEP)
+        step = scale.to(h.dtype).clamp_min(SMALLEST_SIZE)
         half = 2 ** (bits - 1)
         code = (h / step - 0.5).round().clamp(-half, half - 1)
         codes = code.to(torch.int8)
         traced_step = step + 0 * h.sum()  # NaN or infinity in x shows in the step, since int8 cannot carry it
         ctx.save_for_backward(x, scale, codes)
-        ctx.bits, ctx.rotation = bits, rotation
+        ctx.bits, ctx.rotation, ctx.narrow = bits, rotation, product_dtype(x)
         ctx.mark_non_differentiable(codes, traced_step)
         return (code + 0.5) * traced_step, codes, traced_step
 
@@ -80,8 +82,8 @@ class _LearnedStep(torch.autograd.Function):
         x, scale, codes = ctx.saved_tensors
         h = rotate(wide(x), ctx.rotation)
         half = 2 ** (ctx.bits - 1)
-        ratio = h / scale.to(h.dtype).clamp_min(SMALLEST_STEP)
+        ratio = h / scale.to(h.dtype).clamp_min(SMALLEST_SIZE)
         inside = (ratio - 0.5 >= -half) & (ratio - 0.5 <= half - 1)
         error = codes.to(g.dtype) + 0.5 - torch.where(inside, ratio, 0.0)
         grad_scale = sum_to(g * error, scale) / math.sqrt(max(h.numel(), 1) * _top(ctx.bits))
-        return rotate_gradient(g * inside, ctx.rotation, x.dtype), grad_scale.to(scale.dtype), None, None
+        return rotate_gradient(g * inside, ctx.rotation, ctx.narrow).to(x.dtype), grad_scale.to(scale.dtype), None, None

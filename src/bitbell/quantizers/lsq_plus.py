@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from bitbell.kernels import rotate
 from bitbell.quantizers.base import Quantized, wide
 from bitbell.quantizers.formula import FormulaQuantizer
-from bitbell.quantizers.quest import OPTIMAL_CLIP
-from bitbell.quantizers.steps import SMALLEST_SIZE, at_least, round_through, scale_gradient
+from bitbell.quantizers.steps import OPTIMAL_CLIP, SMALLEST_SIZE, at_least, round_through, scale_gradient
 
 
 class LSQPlus(FormulaQuantizer):

@@ -12,14 +12,13 @@ shrink.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from bitbell.kernels import rotate
 from bitbell.quantizers.base import Quantized, wide
 from bitbell.quantizers.formula import FormulaQuantizer
+from bitbell.quantizers.lsq import lsq_start
 from bitbell.quantizers.steps import SMALLEST_SIZE, at_least, mid_rise, straight_through
 
 
@@ -44,10 +43,8 @@ class PACT(FormulaQuantizer):
         return Quantized(straight_through((code + 0.5) * step, clipped), code.to(torch.int8), step)
 
     def initial_scale(self, x: Tensor) -> Tensor:
-        size = rotate(wide(x), self.rotation).abs()
-        mean = size.mean().reshape(1) if self.rows is None else size.mean(-1, keepdim=True)
-        lsq_step = 2 * mean / math.sqrt(max(2 ** (self.bits - 1) - 1, 1))
-        return (lsq_step * (2**self.bits - 1) / 2).clamp_min(SMALLEST_SIZE)
+        step = lsq_start(rotate(wide(x), self.rotation), self.bits, self.rows is not None)
+        return (step * (2**self.bits - 1) / 2).clamp_min(SMALLEST_SIZE)
 
     def step(self) -> Tensor:
         return 2 * self.scale.clamp_min(SMALLEST_SIZE) / (2**self.bits - 1)

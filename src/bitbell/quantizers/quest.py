@@ -20,20 +20,9 @@ from torch import Tensor
 
 from bitbell.kernels import ROTATION_BLOCK, product_dtype, rotate, rotate_gradient
 from bitbell.quantizers.base import Quantized, Quantizer, wide
+from bitbell.quantizers.steps import BELL_SCALE, OPTIMAL_CLIP
 
-# Clip that minimises the mean squared error of a standard Gaussian on 2**bits uniform symmetric levels.
-OPTIMAL_CLIP = {
-    1: 0.7978845608,
-    2: 1.4935346,
-    3: 2.0510684,
-    4: 2.5139306,
-    5: 2.9160939,
-    6: 3.2765973,
-    7: 3.6010497,
-    8: 3.8849387,
-}
 TUNED_ONE_BIT_MASK = 1.30
-BELL_SCALE = 1.694  # what BBQ starts its scale at, in units of the RMS
 ESTIMATORS = ("trust", "clip", "identity", "bell")
 
 

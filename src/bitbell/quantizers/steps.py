@@ -21,6 +21,21 @@ from torch import Tensor
 
 SMALLEST_SIZE = 1e-8  # of a group of zeros, so that everything divided by it stays finite
 STATISTICS = ("rms", "absmax", "absmean")
+RUNNING_DECAY = 0.99  # of the running average of a statistic: BBQ-Fast's, and every method's with granularity "running"
+BELL_SCALE = (
+    1.694  # of BBQ, in units of the RMS: published code's constant (the limit for many bits: 3 / sqrt(pi) = 1.6926)
+)
+# Clip that minimises the mean squared error of a standard Gaussian on 2**bits uniform symmetric levels.
+OPTIMAL_CLIP = {
+    1: 0.7978845608,
+    2: 1.4935346,
+    3: 2.0510684,
+    4: 2.5139306,
+    5: 2.9160939,
+    6: 3.2765973,
+    7: 3.6010497,
+    8: 3.8849387,
+}
 
 
 @torch.no_grad()

@@ -208,16 +208,25 @@ def _check_rules(rules: dict[str, Any], source: str) -> dict[str, str]:
 
 def read_config_file(path: str | Path) -> dict[str, Any]:
     """Fields from a .toml or .json file, checked. Raises ValueError naming the file and what is wrong."""
+    values = read_values(path, "configuration")
+    return check_fields({name: value for name, value in values.items() if name not in RECORDED}, str(path))
+
+
+def read_values(path: str | Path, what: str) -> dict[str, Any]:
+    """The plain values of a .toml or .json file, - in their names made _. `what` names the file's kind in messages.
+
+    Raises ValueError naming the file if it cannot be read, or holds something else.
+    """
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"cannot read the configuration {path}: {error.strerror}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise ValueError(f"cannot read the {what} {path}: {reason}") from None
     try:
         values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except ValueError as error:
         raise ValueError(f"{path} is no valid {'JSON' if path.suffix == '.json' else 'TOML'}: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold fields with values, got a {type(values).__name__}")
-    fields = {name.replace("-", "_"): value for name, value in values.items() if name not in RECORDED}
-    return check_fields(fields, str(path))
+    return {name.replace("-", "_"): value for name, value in values.items()}
