@@ -95,7 +95,8 @@ def measure(method: str, bits: int, rows: int = 2048) -> Numbers:
     with torch.no_grad():
         y = quantizer(x)
     cosine = float((x * y).sum(dtype=torch.float64) / (x.double().norm() * y.double().norm()))
-    return Numbers(bits, quantizer.entropy(x), float((x - y).square().mean()), 1 - cosine**2, cosine)
+    rescaled = (1 - cosine**2) * float(x.square().mean())  # of the sample, whose variance is not exactly 1
+    return Numbers(bits, quantizer.entropy(x), float((x - y).square().mean()), rescaled, cosine)
 
 
 def _calibrated(method: str, bits: int, x: Tensor) -> Quantizer:
