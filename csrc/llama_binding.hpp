@@ -1,0 +1,9 @@
+#pragma once
+#include <nanobind/nanobind.h>
+
+namespace bitbell {
+
+// Adds the class Llama and the function sample to the module.
+void bind_llama(nanobind::module_& m);
+
+}  // namespace bitbell
