@@ -186,11 +186,13 @@ Llama::Llama(const LlamaConfig& config, std::vector<LlamaBlock> blocks, int64_t 
   next_.assign(slots, -1);
   last_.assign(slots, -1);
 
-  width_stride_ = padded_k(config_.width);
-  query_stride_ = padded_k(config_.heads * config_.head_dim);
-  kv_stride_ = padded_k(config_.kv_heads * config_.head_dim);
-  wide_stride_ = padded_k(config_.feed_forward);
-  entered_stride_ = std::max({width_stride_, query_stride_, wide_stride_});
+  // Rows a multiple of 4 KiB apart would fight for the same lines of the first-level cache.
+  const auto stride = [](int64_t columns) { return padded_k(columns) + 16; };
+  width_stride_ = stride(config_.width);
+  query_stride_ = stride(config_.heads * config_.head_dim);
+  kv_stride_ = stride(config_.kv_heads * config_.head_dim);
+  wide_stride_ = stride(config_.feed_forward);
+  entered_stride_ = round_up(std::max({width_stride_, query_stride_, wide_stride_}), 64);
   for (Buffer* buffer : {&hidden_, &added_, &normed_}) *buffer = zeros(kChunkRows, width_stride_);
   for (Buffer* buffer : {&query_, &attended_}) *buffer = zeros(kChunkRows, query_stride_);
   for (Buffer* buffer : {&key_, &value_}) *buffer = zeros(kChunkRows, kv_stride_);

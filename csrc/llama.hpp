@@ -132,7 +132,7 @@ class Llama {
   std::vector<int64_t> length_;        // per slot
   std::vector<int64_t> next_, last_;   // per slot: what check() follows; the last row of the call
 
-  // Scratch of a chunk: (kChunkRows, stride) floats. Strides are multiples of 64, and what is beyond a row stays zero.
+  // Scratch of a chunk: (kChunkRows, stride) floats, zero beyond a row's own, as products of padded weights need it.
   int64_t width_stride_, query_stride_, kv_stride_, wide_stride_, entered_stride_;
   Buffer hidden_, added_, normed_, query_, key_, value_, attended_, gate_, up_, activated_, rotated_;
   Buffer codes_, code_steps_, code_sums_;  // of the product at hand

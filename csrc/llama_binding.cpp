@@ -213,8 +213,10 @@ std::pair<int64_t, uint64_t> sample_from(const Vector& logits, double temperatur
 }
 
 }  // namespace
+}  // namespace bitbell
 
 void bind_llama(nb::module_& m) {
+  using namespace bitbell;
   using namespace nb::literals;
   nb::class_<BoundLlama>(m, "Llama",
                          "The step of a LLaMA-family model, from tokens to logits. Borrows the memory that config and blocks "
@@ -241,5 +243,3 @@ void bind_llama(nb::module_& m) {
   m.def("sample", &sample_from, "logits"_a, "temperature"_a = 0.0, "top_k"_a = 0, "top_p"_a = 1.0, "allowed"_a = 0,
         "state"_a = 0, "(token, random state): temperature 0 is greedy; 0, 1 and 0 cut nothing; -1 where logits hold NaN.");
 }
-
-}  // namespace bitbell

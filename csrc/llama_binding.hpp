@@ -1,9 +1,5 @@
 #pragma once
 #include <nanobind/nanobind.h>
 
-namespace bitbell {
-
 // Adds the class Llama and the function sample to the module.
 void bind_llama(nanobind::module_& m);
-
-}  // namespace bitbell
