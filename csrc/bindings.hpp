@@ -60,6 +60,7 @@ inline InputPlan plan_from(nanobind::dict from) {
   plan.bits = entry<int>(from, "bits");
   plan.rotation = entry<int64_t>(from, "rotation");
   const int statistic = entry<int>(from, "statistic");
+  plan.smallest = entry<float>(from, "smallest");
   plan.divisor = entry<float>(from, "divisor");
   plan.divisor_plus = entry<float>(from, "divisor_plus");
   plan.step_factor = entry<float>(from, "step_factor");

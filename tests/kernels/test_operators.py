@@ -401,5 +401,5 @@ def test_kernel_paths_names_a_path_for_every_registered_operator(monkeypatch: py
     for has_vnni, word in ((True, "int8"), (False, "float32")):
         monkeypatch.setattr(operators, "_has_vnni", lambda answer=has_vnni: answer)
         paths = kernel_paths()
-        assert set(paths) == {"integer_product", "pack_codes", "unpack_codes"}
+        assert set(paths) == {"packed layers", "integer_product", "pack_codes", "unpack_codes"}
         assert word in paths["integer_product"]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,18 @@ import torch
 from torch import Tensor, nn
 
 import bitbell
+from bitbell.kernels import native
 from bitbell.layers import QuantLinear, Recipe
 
 MakeLlama = Callable[..., Any]
 MakeLayer = Callable[..., QuantLinear]
+
+
+@pytest.fixture(autouse=True)
+def reference_kernels(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Bits are compared here, so everything is computed by the definitions; the C++ kernels have tests of their own."""
+    with contextlib.nullcontext() if "native" in request.path.name else native.using(native.REFERENCE):
+        yield
 
 
 def llama(recipe: Any, **fields: Any) -> Any:

@@ -226,8 +226,16 @@ def _check_operands(a: Tensor, b: Tensor) -> None:
 
 def kernel_paths() -> dict[str, str]:
     """Which implementation each operator takes on this machine, and why, for people."""
+    from bitbell.kernels import native
+
     if _has_vnni():
         product = "torch int8 (the CPU has AVX-512 VNNI)"
     else:
         product = "exact float32 blocks (the CPU has no AVX-512 VNNI, where torch's int8 product is slow)"
-    return {"integer_product": product, "pack_codes": "plain PyTorch", "unpack_codes": "plain PyTorch"}
+    packed = f"C++ {native.level()}: {native.reason()}" if native.available() else f"plain PyTorch: {native.reason()}"
+    return {
+        "packed layers": packed,
+        "integer_product": product,
+        "pack_codes": "plain PyTorch",
+        "unpack_codes": "plain PyTorch",
+    }

@@ -5,6 +5,9 @@
 The product of codes is int8 times int8 with an int32 sum, whatever the zero points (half-integers too): they are
 folded out by the sums of codes. Then come the same two steps, in the same order, as in training. Where a method's grid
 is not uniform (NormalFloat), levels are looked up and multiplied in float32: small, but not fast.
+
+On CPUs the C++ kernels do all of this in one call (`bitbell.kernels.native`); what they have no way for, and everything
+under `BITBELL_KERNELS=reference`, is computed by the plain PyTorch here.
 """
 
 from __future__ import annotations
@@ -15,12 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bitbell.kernels import integer_product, pack_codes, packed_words, rotate, unpack_codes
+from bitbell.kernels import integer_product, native, pack_codes, packed_words, rotate, unpack_codes
 from bitbell.layers import QuantizedLayer, Recipe, TrainedLayer
 from bitbell.layers.product import add_offsets, grid_of, levels_of
+from bitbell.packing.plans import input_plan
 from bitbell.quantizers import Quantized, Quantizer
 
 EXACT_IN_FLOAT32 = 2**24
+FEW_ROWS = 16  # up to which unpacking in registers is worth it where inputs stay floats
 
 
 class PackedLinear(nn.Module, QuantizedLayer):
@@ -52,6 +57,7 @@ class PackedLinear(nn.Module, QuantizedLayer):
         self.rotation, self.weight_zero_point = weight_quantizer.rotation, weight_quantizer.zero_point
         self.weight_grid = grid_of(weight_quantizer)
         self._unpacked: tuple[Tensor, Tensor] | None = None
+        self._native: tuple[tuple[Any, ...], native.NativeLayer | None] | None = None
         self.requires_grad_(False)
 
     @classmethod
@@ -72,6 +78,44 @@ class PackedLinear(nn.Module, QuantizedLayer):
         return packed.requires_grad_(False).eval()
 
     def forward(self, x: Tensor) -> Tensor:
+        layer = self.native_layer() if self._suits_native(x) else None
+        return self._reference(x) if layer is None else layer(x)
+
+    def _suits_native(self, x: Tensor) -> bool:
+        if torch.compiler.is_compiling() or not native.available() or type(x) is not Tensor or x.device.type != "cpu":
+            return False
+        if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or (
+            x.requires_grad and torch.is_grad_enabled()
+        ):
+            return False
+        quantizer = self.activation_quantizer
+        return not quantizer.training if quantizer is not None else x.numel() <= FEW_ROWS * self.in_features
+
+    def native_layer(self) -> native.NativeLayer | None:
+        """This layer for the C++ kernels, arranged at the first use; None if they have no way to compute it."""
+        kept, state = self._native, self._native_state()
+        if kept is None or kept[0] != state:
+            kept = self._native = state, self._make_native_layer()
+        return kept[1]
+
+    def _native_state(self) -> tuple[Any, ...]:
+        """What tells that a tensor has been replaced or changed in place."""
+        tensors = [*self._buffers.values(), self.bias]
+        if self.activation_quantizer is not None:
+            tensors += [*self.activation_quantizer.parameters(), *self.activation_quantizer.buffers()]
+        return tuple((id(t), 0 if t.is_inference() else t._version) for t in tensors if t is not None)
+
+    @torch.no_grad()
+    def _make_native_layer(self) -> native.NativeLayer | None:
+        plan = None if self.activation_quantizer is None else input_plan(self.activation_quantizer)
+        table = self.weight_grid[1]
+        if self.activation_quantizer is not None and (plan is None or table is not None):
+            return None
+        shape = self.weight_packed, self.recipe.weights, self.in_features, self.weight_scale, self.weight_zero_point
+        parts = {"offset": self.weight_offset, "bias": self.bias, "table": table, "rotation": self.rotation}
+        return native.NativeLayer(*shape, plan=plan, **parts)
+
+    def _reference(self, x: Tensor) -> Tensor:
         codes, _ = self._weights()
         if self.activation_quantizer is None:
             values = levels_of(codes, self.weight_grid, torch.float32) * self.weight_scale
@@ -123,7 +167,7 @@ class PackedLinear(nn.Module, QuantizedLayer):
         return kept
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._unpacked = None
+        self._unpacked = self._native = None
         super()._load_from_state_dict(*args, **kwargs)
 
     def weight_codes(self) -> Tensor:

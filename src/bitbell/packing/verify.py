@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from bitbell.evaluation import logits_of
 from bitbell.evaluation.loss import device_of, evaluation_mode
+from bitbell.kernels import native
 from bitbell.layers import QuantizedLayer, TrainedLayer, quantized_layers
 from bitbell.packing.layers import PackedLinear, weight_step
 from bitbell.packing.model import PackedModel
@@ -46,7 +47,8 @@ def verify(model: nn.Module, packed: nn.Module, batch: Any = None) -> Verificati
 
     batch: token ids (B, T), or whatever the model takes as its one argument; by default random ids for a Hugging Face
     model, and random layer inputs for others. Weight codes, steps and input codes must be equal; outputs may differ
-    by 1e-6 of the largest, logits by 1e-4.
+    by 1e-6 of the largest, logits by 1e-4. Computed by the reference kernels: the fast ones sum a rotation in another
+    order, so that an input within float rounding of a threshold may get the next code there.
     """
     model = getattr(model, "_orig_mod", model)  # of torch.compile
     twin = packed.model if isinstance(packed, PackedModel) else packed
@@ -59,7 +61,7 @@ def verify(model: nn.Module, packed: nn.Module, batch: Any = None) -> Verificati
     codes = sum(_compare_weights(name, trained[name], others[name]) for name in trained)
     if batch is None and hasattr(model, "config"):
         batch = _random_ids(model.config)
-    with evaluation_mode(model), evaluation_mode(twin):
+    with evaluation_mode(model), evaluation_mode(twin), native.using(native.REFERENCE):
         inputs = _record_inputs(model, batch) if batch is not None else _random_inputs(trained)
         if missed := sorted(trained.keys() - inputs.keys()):
             raise VerificationError(f"the batch does not reach {missed[0]}, so its outputs cannot be compared")

@@ -1,0 +1,97 @@
+// What the kernels take, and the table of functions that every instruction set fills.
+//
+// Weights lie in panels of 64 rows ("k4n16"): a 64-byte vector holds 16 rows x 4 consecutive k, and each byte the codes
+// of 8 / bits consecutive groups of 4 k, the first in the lowest bits. Four such vectors, of the panel's rows 0-15,
+// 16-31, 32-47 and 48-63, follow each other, so that a panel is one stream. 3 bits are a stream of 2 bits and one of 1
+// bit, interleaved every 32 k; 5 to 8 bits take a byte. Rows and k are padded to multiples of 64 with code 0.
+//
+// Every level computes the same codes, integers, steps and outputs, to the last bit: reductions have a fixed order of 16
+// lanes, and multiplications and additions are never fused. Only products with float inputs (`floats`) may round
+// differently.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace bitbell {
+
+constexpr int64_t kPanelRows = 64;
+constexpr int64_t kStepOfK = 64;
+
+constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+constexpr int kernel_bits(int bits) { return bits <= 4 ? bits : 8; }
+constexpr int64_t padded_k(int64_t k) { return round_up(k, kStepOfK); }
+constexpr int64_t panels_of(int64_t rows) { return round_up(rows, kPanelRows) / kPanelRows; }
+// Bytes of one panel, and of a whole matrix.
+constexpr int64_t panel_bytes(int64_t k, int bits) { return padded_k(k) * kPanelRows * kernel_bits(bits) / 8; }
+constexpr int64_t arranged_bytes(int64_t rows, int64_t k, int bits) { return panels_of(rows) * panel_bytes(k, bits); }
+
+// A matrix of packed codes and what turns products of codes into outputs. Pointers are borrowed.
+struct Weights {
+  const uint8_t* data = nullptr;   // arranged_bytes(rows, k, bits), 64-byte aligned
+  int bits = 0;                    // of the codes, 1 to 8
+  int64_t rows = 0, k = 0;         // outputs, inputs
+  const int32_t* sums = nullptr;   // (rows): sum of the unsigned codes of each row
+  const float* scale = nullptr;    // (rows): value of one level
+  double zero_point = 0;           // of the unsigned codes: level = code - zero_point
+  const float* offset = nullptr;   // (rows): added to every value, or null
+  const float* bias = nullptr;     // (rows), or null
+  const float* table = nullptr;    // (2**bits) levels where the grid is not uniform (float inputs only), or null
+};
+
+enum class Statistic : int { none = 0, rms = 1, absmax = 2, absmean = 3 };
+
+// How a row of floats becomes codes:  h = rotate(x);  size = max(statistic(h), smallest), 0 without a statistic;
+// v = h / (size * divisor + divisor_plus);  code = -2**(bits-1) + (how many thresholds <= v)
+// step = size * step_factor + step_plus
+struct InputPlan {
+  int bits = 0;                       // 1 to 8; codes are centred: -2**(bits-1) .. 2**(bits-1) - 1
+  int64_t rotation = 1;               // block, a power of two; 1: none
+  Statistic statistic = Statistic::none;
+  float smallest = 0;                 // of the size
+  float divisor = 0, divisor_plus = 1;
+  float step_factor = 0, step_plus = 0;
+  const float* thresholds = nullptr;  // (2**bits - 1) rising; null: code = clip(round(v - 1/2))
+  double zero_point = 0;              // of the centred codes
+  float offset = 0;                   // added to every value
+};
+
+// Codes of `rows` inputs, and what the products need of them.
+struct Codes {
+  int8_t* codes = nullptr;    // (rows, stride), centred; zero beyond k
+  int64_t stride = 0;         // bytes from row to row, at least padded_k(k)
+  float* step = nullptr;      // (rows); NaN where the row holds NaN or infinity
+  int32_t* sum = nullptr;     // (rows): sum of codes
+  int64_t rows = 0;
+};
+
+// One instruction set's functions. `panel` points to one panel of weights; k is padded_k(k) throughout.
+struct Kernels {
+  const char* name;
+  // Codes of one row of k floats (k: as given, not padded). scratch: padded_k(k) floats. Fills codes up to padded_k(k).
+  void (*quantize)(const InputPlan& plan, const float* x, int64_t k, int8_t* codes, float* step, int32_t* sum, float* scratch);
+  // x rearranged for `vector`: `prepared` has 2 * k bytes. Depends on the weights' and the inputs' bits only.
+  void (*prepare)(const int8_t* x, int64_t k, int bits, int x_bits, int8_t* prepared);
+  // acc[64] = codes of the panel times one prepared row.
+  void (*vector)(const uint8_t* panel, int bits, int64_t k, const int8_t* prepared, int x_bits, int32_t* acc);
+  // acc[m][64] = codes of the panel times m rows of codes. scratch: kMatrixScratch bytes, 64-byte aligned.
+  void (*matrix)(const uint8_t* panel, int bits, int64_t k, const int8_t* x, int64_t stride, int64_t m, int32_t* acc, uint8_t* scratch);
+  // acc[m][64] = levels of the panel times m <= kFloatRows rows of floats (zero beyond the true k). levels: 2**bits.
+  void (*floats)(const uint8_t* panel, int bits, int64_t k, const float* x, int64_t stride, int64_t m, const float* levels, float* acc);
+  // y[n] = outputs of the first `count` accumulators of a panel, for one input row; `row` is the panel's first row.
+  void (*finish)(const Weights& w, const InputPlan& plan, const int32_t* acc, int64_t row, int64_t count, float step, int32_t sum, float* y);
+  // Floats of a transformer: all of n elements, deterministic.
+  void (*rotate)(const float* x, float* y, int64_t n, int64_t block);
+  void (*rms_norm)(const float* x, const float* weight, float epsilon, float* y, int64_t n);
+  float (*sum)(const float* x, int64_t n);                                       // n: a multiple of 256; for measuring
+  float (*dot)(const float* a, const float* b, int64_t n);
+  void (*add_scaled)(float* y, const float* x, float factor, int64_t n);         // y += factor * x
+  void (*silu_times)(const float* gate, const float* up, float* y, int64_t n);   // y = gate / (1 + exp(-gate)) * up
+  float (*softmax)(float* x, int64_t n);                                         // in place; returns the largest x
+  // y[0 .. count) = rows [first, first + count) of a dense (rows, k) matrix times x; type: 0 float32, 1 bfloat16, 2 float16.
+  void (*dense)(const void* matrix, int type, int64_t first, int64_t count, int64_t k, const float* x, float* y);
+};
+
+constexpr int64_t kFloatRows = 4;
+constexpr int64_t kMatrixScratch = 64 * 1024;
+
+}  // namespace bitbell

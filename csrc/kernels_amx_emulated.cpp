@@ -1,0 +1,2 @@
+#define BITBELL_EMULATE_AMX
+#include "kernels_amx.cpp"

@@ -1,0 +1,8 @@
+#define BITBELL_VNNI
+#include "kernels_256.hpp"
+
+namespace bitbell {
+extern const Kernels kAvxVnni;
+const Kernels kAvxVnni = {"avxvnni", quantize, prepare,    vector,     matrix,  floats, finish, rotate,
+                          rms_norm, sum, dot,      add_scaled, silu_times, softmax, dense};
+}  // namespace bitbell

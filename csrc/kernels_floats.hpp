@@ -1,0 +1,407 @@
+// The float side of every level: rotation, quantization, epilogue, and the small operations of a transformer. Written
+// once in vectors of 16 lanes, which the compiler maps to whatever the including file's instruction set has; lanes,
+// order and rounding are the same everywhere, so that every level gives the same bits (files are compiled with
+// -ffp-contract=off). Everything has internal linkage: code of one instruction set must never be linked into another.
+#pragma once
+#include <cmath>
+#include <cstring>
+
+#include "kernels.hpp"
+
+namespace bitbell {
+namespace {
+
+using F16 = float __attribute__((vector_size(64)));
+using I16 = int32_t __attribute__((vector_size(64)));
+using U16 = uint32_t __attribute__((vector_size(64)));
+using H16 = uint16_t __attribute__((vector_size(32)));
+using B16 = int8_t __attribute__((vector_size(16)));
+
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE F16 load(const float* p) {
+  F16 v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+INLINE F16 load_part(const float* p, int64_t count, float fill) {
+  F16 v = F16{} + fill;
+  std::memcpy(&v, p, static_cast<size_t>(count) * 4);
+  return v;
+}
+INLINE void store(float* p, F16 v) { std::memcpy(p, &v, sizeof v); }
+INLINE void store_part(float* p, F16 v, int64_t count) { std::memcpy(p, &v, static_cast<size_t>(count) * 4); }
+INLINE F16 all(float x) { return F16{} + x; }
+INLINE F16 as_floats(I16 v) {
+  F16 r;
+  std::memcpy(&r, &v, sizeof r);
+  return r;
+}
+INLINE I16 as_integers(F16 v) {
+  I16 r;
+  std::memcpy(&r, &v, sizeof r);
+  return r;
+}
+INLINE F16 select(I16 mask, F16 yes, F16 no) { return as_floats((mask & as_integers(yes)) | (~mask & as_integers(no))); }
+INLINE F16 larger(F16 a, F16 b) { return select(a > b, a, b); }
+INLINE F16 smaller(F16 a, F16 b) { return select(a < b, a, b); }
+INLINE F16 magnitude(F16 v) { return as_floats(as_integers(v) & 0x7fffffff); }
+
+// The sum of 16 lanes, halves onto halves.
+INLINE float sum_of(F16 v) {
+  float a[16];
+  std::memcpy(a, &v, sizeof a);
+  for (int half = 8; half; half /= 2)
+    for (int i = 0; i < half; i++) a[i] += a[i + half];
+  return a[0];
+}
+INLINE float largest_of(F16 v) {
+  float a[16];
+  std::memcpy(a, &v, sizeof a);
+  for (int half = 8; half; half /= 2)
+    for (int i = 0; i < half; i++) a[i] = a[i] > a[i + half] ? a[i] : a[i + half];
+  return a[0];
+}
+INLINE int32_t sum_of(I16 v) {
+  int32_t s = 0;
+  for (int i = 0; i < 16; i++) s += v[i];
+  return s;
+}
+
+// ---------------------------------------------------------------------------------------------------- rotation
+
+// v becomes v[i ^ s] + v[i] in lanes without bit s, v[i ^ s] - v[i] in lanes with it.
+#define BUTTERFLY(v, s)                                                                                                 \
+  do {                                                                                                                  \
+    const F16 partner = __builtin_shufflevector(v, v, 0 ^ s, 1 ^ s, 2 ^ s, 3 ^ s, 4 ^ s, 5 ^ s, 6 ^ s, 7 ^ s, 8 ^ s,    \
+                                                9 ^ s, 10 ^ s, 11 ^ s, 12 ^ s, 13 ^ s, 14 ^ s, 15 ^ s);                 \
+    const I16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};                                            \
+    const I16 flip = ((lane & s) != 0) & static_cast<int32_t>(0x80000000u);                                             \
+    v = partner + as_floats(as_integers(v) ^ flip);                                                                     \
+  } while (0)
+
+// `kVectors` vectors hold one block, or several small ones; `block` as far as it lies within a vector.
+template <int kVectors>
+INLINE void transform(F16* v, int64_t block) {
+#pragma GCC unroll 8
+  for (int i = 0; i < kVectors; i++) {
+    if (block > 1) BUTTERFLY(v[i], 1);
+    if (block > 2) BUTTERFLY(v[i], 2);
+    if (block > 4) BUTTERFLY(v[i], 4);
+    if (block > 8) BUTTERFLY(v[i], 8);
+  }
+#pragma GCC unroll 3
+  for (int h = 1; h < kVectors; h *= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < kVectors; i++)
+      if (!(i & h)) {
+        const F16 a = v[i], b = v[i + h];
+        v[i] = a + b;
+        v[i + h] = a - b;
+      }
+}
+
+template <int kVectors>
+void rotate_blocks(const float* x, float* y, int64_t n, int64_t block, float factor) {
+  for (int64_t i = 0; i < n; i += kVectors * 16) {
+    F16 v[kVectors];
+#pragma GCC unroll 8
+    for (int j = 0; j < kVectors; j++) v[j] = load(x + i + 16 * j);
+    transform<kVectors>(v, block);
+#pragma GCC unroll 8
+    for (int j = 0; j < kVectors; j++) store(y + i + 16 * j, v[j] * factor);
+  }
+}
+
+// Blocks beyond 128: the transform of 128 in place, then butterflies over memory, then the factor.
+void rotate_wide(const float* x, float* y, int64_t n, int64_t block, float factor) {
+  rotate_blocks<8>(x, y, n, 16, 1.0f);
+  for (int64_t start = 0; start < n; start += block)
+    for (int64_t h = 128; h < block; h *= 2)
+      for (int64_t i = 0; i < block; i += 16)
+        if (!(i & h)) {
+          float* p = y + start + i;
+          const F16 a = load(p), b = load(p + h);
+          store(p, a + b);
+          store(p + h, a - b);
+        }
+  for (int64_t i = 0; i < n; i += 16) store(y + i, load(y + i) * factor);
+}
+
+// n: a multiple of the block. Blocks of less than 16 may leave a part of a vector.
+void rotate(const float* x, float* y, int64_t n, int64_t block) {
+  const float factor = static_cast<float>(1.0 / std::sqrt(static_cast<double>(block)));
+  if (block == 1) {
+    if (x != y) std::memmove(y, x, static_cast<size_t>(n) * 4);
+    return;
+  }
+  if (block > 128) return rotate_wide(x, y, n, block, factor);
+  if (block == 128) return rotate_blocks<8>(x, y, n, 16, factor);
+  if (block == 64) return rotate_blocks<4>(x, y, n, 16, factor);
+  if (block == 32) return rotate_blocks<2>(x, y, n, 16, factor);
+  const int64_t whole = n / 16 * 16;
+  rotate_blocks<1>(x, y, whole, block, factor);
+  if (whole < n) {
+    F16 v = load_part(x + whole, n - whole, 0);
+    transform<1>(&v, block);
+    store_part(y + whole, v * factor, n - whole);
+  }
+}
+
+// ------------------------------------------------------------------------------------------------ quantization
+
+float measure(Statistic statistic, const float* h, int64_t k) {
+  F16 s[4] = {};
+  const int64_t padded = padded_k(k);  // h is zero beyond k
+  for (int64_t i = 0; i < padded; i += 64)
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+      const F16 v = load(h + i + 16 * j);
+      if (statistic == Statistic::rms) s[j] += v * v;
+      else if (statistic == Statistic::absmean) s[j] += magnitude(v);
+      else s[j] = larger(magnitude(v), s[j]);
+    }
+  float size = 0;
+  if (statistic == Statistic::absmax) {
+    size = largest_of(larger(larger(s[0], s[1]), larger(s[2], s[3])));
+  } else {
+    size = sum_of((s[0] + s[1]) + (s[2] + s[3])) / static_cast<float>(k);
+    if (statistic == Statistic::rms) size = std::sqrt(size);
+  }
+  return size;
+}
+
+// Zero, or NaN if h holds NaN or infinity.
+float trace_of_nan(const float* h, int64_t padded) {
+  F16 s = {};
+  for (int64_t i = 0; i < padded; i += 16) s += load(h + i) * 0.0f;
+  return sum_of(s);
+}
+
+INLINE I16 put_codes(I16 code, int8_t* out) {
+  const B16 bytes = __builtin_convertvector(code, B16);
+  std::memcpy(out, &bytes, sizeof bytes);
+  return code;
+}
+
+// code = how many of kCount thresholds are at most h, less half of the codes.
+template <int kCount>
+int32_t count_thresholds(const float* h, int64_t k, const float* thresholds, float scale, int8_t* out) {
+  F16 t[kCount];
+  for (int i = 0; i < kCount; i++) t[i] = all(thresholds[i] * scale);
+  I16 sum = {};
+  for (int64_t i = 0; i < k; i += 16) {
+    const F16 v = load(h + i);
+    I16 below = {};  // minus the count: a comparison that holds gives -1
+#pragma GCC unroll 15
+    for (int j = 0; j < kCount; j++) below += v >= t[j];
+    sum += put_codes(-(kCount + 1) / 2 - below, out + i);
+  }
+  return sum_of(sum);
+}
+
+// The same for tables of any length, by halving.
+int32_t search_thresholds(const float* h, int64_t k, const float* thresholds, int count, float scale, int8_t* out) {
+  int32_t sum = 0;
+  for (int64_t i = 0; i < k; i++) {
+    int code = 0;
+    for (int step = (count + 1) / 2; step; step /= 2)
+      if (h[i] >= thresholds[code + step - 1] * scale) code += step;
+    const int centred = code - (count + 1) / 2;
+    out[i] = static_cast<int8_t>(centred);
+    sum += centred;
+  }
+  return sum;
+}
+
+// code = clip(round(h / divisor - 1/2)), to even on a tie.
+int32_t round_uniform(const float* h, int64_t k, float divisor, int bits, int8_t* out) {
+  const float low = -static_cast<float>(1 << (bits - 1));
+  const F16 magic = all(12582912.0f);  // adding 1.5 * 2**23 leaves a float no bits below one
+  I16 sum = {};
+  for (int64_t i = 0; i < k; i += 16) {
+    const F16 v = smaller(larger(load(h + i) / divisor - 0.5f, all(low)), all(-low - 1));
+    sum += put_codes(__builtin_convertvector((v + magic) - magic, I16), out + i);
+  }
+  return sum_of(sum);
+}
+
+void quantize(const InputPlan& plan, const float* x, int64_t k, int8_t* codes, float* step, int32_t* sum, float* h) {
+  const int64_t padded = padded_k(k);
+  rotate(x, h, k, plan.rotation);
+  for (int64_t i = k; i < padded; i++) h[i] = 0;
+  float size = plan.statistic == Statistic::none ? 0 : measure(plan.statistic, h, k);
+  if (size < plan.smallest) size = plan.smallest;
+  const float divisor = size * plan.divisor + plan.divisor_plus;
+  *step = size * plan.step_factor + plan.step_plus + trace_of_nan(h, padded);
+  if (!plan.thresholds) *sum = round_uniform(h, padded, divisor, plan.bits, codes);
+  else if (plan.bits == 1) *sum = count_thresholds<1>(h, padded, plan.thresholds, divisor, codes);
+  else if (plan.bits == 2) *sum = count_thresholds<3>(h, padded, plan.thresholds, divisor, codes);
+  else if (plan.bits == 3) *sum = count_thresholds<7>(h, padded, plan.thresholds, divisor, codes);
+  else if (plan.bits == 4) *sum = count_thresholds<15>(h, padded, plan.thresholds, divisor, codes);
+  else *sum = search_thresholds(h, padded, plan.thresholds, (1 << plan.bits) - 1, divisor, codes);
+  for (int64_t i = k; i < padded; i++) {  // what was quantized beyond the end
+    *sum -= codes[i];
+    codes[i] = 0;
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------- epilogue
+
+void finish(const Weights& w, const InputPlan& plan, const int32_t* acc, int64_t row, int64_t count, float step, int32_t sum,
+            float* y) {
+  // Exact in double: products of codes and zero points are multiples of a small fraction, far below 2**53.
+  const double k = static_cast<double>(w.k), zx = plan.zero_point, zw = w.zero_point;
+  const double base = k * zx * zw - zw * sum;
+  for (int64_t i = 0; i < count; i++) {
+    const double total = acc[i] + base - zx * w.sums[row + i];
+    y[i] = static_cast<float>(total) * w.scale[row + i] * step;
+  }
+  if (plan.offset != 0 || w.offset) {
+    const float x_levels = static_cast<float>(sum - k * zx);
+    for (int64_t i = 0; i < count; i++) {
+      const float w_levels = static_cast<float>(w.sums[row + i] - k * zw), w_offset = w.offset ? w.offset[row + i] : 0.0f;
+      y[i] += plan.offset * (w_levels * w.scale[row + i]);
+      y[i] += x_levels * step * w_offset;
+      y[i] += static_cast<float>(k) * plan.offset * w_offset;
+    }
+  }
+  if (w.bias)
+    for (int64_t i = 0; i < count; i++) y[i] += w.bias[row + i];
+}
+
+// ------------------------------------------------------------------------------------------------- transformers
+
+void rms_norm(const float* x, const float* weight, float epsilon, float* y, int64_t n) {
+  F16 s = {};
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) s += load(x + i) * load(x + i);
+  if (i < n) {
+    const F16 v = load_part(x + i, n - i, 0);
+    s += v * v;
+  }
+  const float factor = 1.0f / std::sqrt(sum_of(s) / static_cast<float>(n) + epsilon);
+  for (i = 0; i < n; i++) y[i] = weight[i] * (x[i] * factor);
+}
+
+// As fast as memory gives: sixteen sums, and the lines that come next asked for ahead.
+float sum(const float* x, int64_t n) {
+  F16 s[16] = {};
+  for (int64_t i = 0; i < n; i += 256)
+#pragma GCC unroll 16
+    for (int j = 0; j < 16; j++) {
+      __builtin_prefetch(x + i + 16 * j + 768);
+      s[j] += load(x + i + 16 * j);
+    }
+  for (int half = 8; half; half /= 2)
+    for (int j = 0; j < half; j++) s[j] += s[j + half];
+  return sum_of(s[0]);
+}
+
+float dot(const float* a, const float* b, int64_t n) {
+  F16 s[4] = {};
+  int64_t i = 0;
+  for (; i + 64 <= n; i += 64)
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) s[j] += load(a + i + 16 * j) * load(b + i + 16 * j);
+  for (; i + 16 <= n; i += 16) s[0] += load(a + i) * load(b + i);
+  if (i < n) s[1] += load_part(a + i, n - i, 0) * load_part(b + i, n - i, 0);
+  return sum_of((s[0] + s[1]) + (s[2] + s[3]));
+}
+
+void add_scaled(float* y, const float* x, float factor, int64_t n) {
+  for (int64_t i = 0; i < n; i++) y[i] += factor * x[i];
+}
+
+// exp by 2**n * exp(r), |r| <= ln(2) / 2, and a polynomial; about 2 ulp. Below -87.3 it gives the smallest normal number.
+INLINE F16 exponential(F16 x) {
+  x = smaller(larger(x, all(-87.3f)), all(88.7f));
+  const F16 magic = all(12582912.0f), n = (x * 1.44269504f + magic) - magic;
+  const F16 r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
+  F16 p = all(1.0f / 5040);
+  p = p * r + 1.0f / 720;
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  // n is at most 128, which has no exponent of its own: multiply by 2**(n - 1), then by 2.
+  const I16 exponent = (__builtin_convertvector(n, I16) + 126) << 23;
+  return p * as_floats(exponent) * 2.0f;
+}
+
+void silu_times(const float* gate, const float* up, float* y, int64_t n) {
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) {
+    const F16 g = load(gate + i);
+    store(y + i, g / (1.0f + exponential(-g)) * load(up + i));
+  }
+  if (i < n) {
+    const F16 g = load_part(gate + i, n - i, 0);
+    store_part(y + i, g / (1.0f + exponential(-g)) * load_part(up + i, n - i, 0), n - i);
+  }
+}
+
+float softmax(float* x, int64_t n) {
+  F16 top = all(-INFINITY);
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) top = larger(load(x + i), top);
+  if (i < n) top = larger(load_part(x + i, n - i, -INFINITY), top);
+  const float largest = largest_of(top);
+  F16 s = {};
+  for (i = 0; i + 16 <= n; i += 16) {
+    const F16 e = exponential(load(x + i) - largest);
+    store(x + i, e);
+    s += e;
+  }
+  if (i < n) {
+    const int64_t rest = n - i;
+    const F16 e = exponential(load_part(x + i, rest, 0) - largest);
+    store_part(x + i, e, rest);
+    s += load_part(x + i, rest, 0);
+  }
+  const float factor = 1.0f / sum_of(s);
+  for (i = 0; i < n; i++) x[i] *= factor;
+  return largest;
+}
+
+INLINE F16 widen(H16 v, bool brain) {
+  const U16 bits = __builtin_convertvector(v, U16);
+  if (brain) return as_floats(__builtin_convertvector(bits << 16, I16));
+  // float16: move exponent and fraction into place, and let a multiplication correct the exponent's bias (finite values).
+  const F16 number = as_floats(__builtin_convertvector((bits & 0x7fffu) << 13, I16)) * 0x1p112f;
+  return as_floats(as_integers(number) | __builtin_convertvector((bits & 0x8000u) << 16, I16));
+}
+
+template <bool kBrain>
+float dot_narrow(const uint16_t* a, const float* b, int64_t n) {
+  F16 s[4] = {};
+  int64_t i = 0;
+  for (; i + 64 <= n; i += 64)
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+      H16 v;
+      std::memcpy(&v, a + i + 16 * j, sizeof v);
+      s[j] += widen(v, kBrain) * load(b + i + 16 * j);
+    }
+  for (; i < n; i += 16) {
+    const int64_t rest = n - i < 16 ? n - i : 16;
+    H16 v = {};
+    std::memcpy(&v, a + i, static_cast<size_t>(rest) * 2);
+    s[0] += widen(v, kBrain) * load_part(b + i, rest, 0);
+  }
+  return sum_of((s[0] + s[1]) + (s[2] + s[3]));
+}
+
+void dense(const void* matrix, int type, int64_t first, int64_t count, int64_t k, const float* x, float* y) {
+  for (int64_t r = 0; r < count; r++) {
+    const int64_t at = (first + r) * k;
+    if (type == 0) y[r] = dot(static_cast<const float*>(matrix) + at, x, k);
+    else if (type == 1) y[r] = dot_narrow<true>(static_cast<const uint16_t*>(matrix) + at, x, k);
+    else y[r] = dot_narrow<false>(static_cast<const uint16_t*>(matrix) + at, x, k);
+  }
+}
+
+}  // namespace
+}  // namespace bitbell

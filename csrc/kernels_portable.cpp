@@ -1,0 +1,113 @@
+// Products in plain C++ that any compiler vectorises: two codes at a time in 16-bit lanes. Runs everywhere.
+#include "kernels_floats.hpp"
+
+namespace bitbell {
+namespace {
+
+using S32 = int16_t __attribute__((vector_size(64)));  // 16 rows x 2 of 4 consecutive k
+using W32 = uint16_t __attribute__((vector_size(64)));
+
+void prepare(const int8_t* x, int64_t k, int, int, int8_t* prepared) { std::memcpy(prepared, x, static_cast<size_t>(k)); }
+
+// The codes of k-group `j` of a chunk, for 16 rows: even k in `even`, odd k in `odd`.
+template <int kBits>
+INLINE void take_field(const uint8_t* chunk, int panel, int j, S32& even, S32& odd) {
+  constexpr int kPerByte = kBits == 3 ? 4 : 8 / kBits, kLow = kBits == 3 ? 2 : kBits;
+  W32 v;
+  std::memcpy(&v, chunk + (j / kPerByte * 4 + panel) * 64, sizeof v);
+  const uint16_t mask = (1u << kLow) - 1;
+  const int shift = kLow * (j % kPerByte);
+  W32 low = (v >> shift) & mask, high = (v >> (shift + 8)) & mask;
+  if (kBits == 3) {
+    std::memcpy(&v, chunk + 512 + panel * 64, sizeof v);
+    low |= ((v >> j) & 1) << 2;
+    high |= ((v >> (j + 8)) & 1) << 2;
+  }
+  std::memcpy(&even, &low, sizeof even);
+  std::memcpy(&odd, &high, sizeof odd);
+}
+
+INLINE I16 add_pairs(I16 acc, S32 v) {
+  I16 pairs;
+  std::memcpy(&pairs, &v, sizeof pairs);
+  return acc + ((pairs << 16) >> 16) + (pairs >> 16);
+}
+
+template <int kBits>
+void one_row(const uint8_t* panel, int64_t k, const int8_t* x, int32_t* acc) {
+  constexpr int kGroups = kBits == 3 ? 8 : 8 / kBits;          // k-groups in a chunk
+  constexpr int kBytes = kGroups * 4 * 64 * kBits / 8;          // of a chunk
+  constexpr int kSums = kBits == 8 ? 1 : 32767 / (2 * 15 * 128);  // additions that 16 bits hold
+  I16 total[4] = {};
+  for (int64_t c = 0; c < k / 4 / kGroups; c++, panel += kBytes)
+    for (int i = 0; i < 4; i++) {
+      S32 sum = {};
+#pragma GCC unroll 8
+      for (int j = 0; j < kGroups; j++) {
+        const int8_t* q = x + (c * kGroups + j) * 4;
+        S32 even, odd, x_even, x_odd;
+        take_field<kBits>(panel, i, j, even, odd);
+        for (int l = 0; l < 32; l += 2) x_even[l] = q[0], x_even[l + 1] = q[2], x_odd[l] = q[1], x_odd[l + 1] = q[3];
+        if (kBits == 8) {
+          total[i] = add_pairs(add_pairs(total[i], even * x_even), odd * x_odd);
+          continue;
+        }
+        sum += even * x_even + odd * x_odd;
+        if (j % kSums == kSums - 1 || j == kGroups - 1) {
+          total[i] = add_pairs(total[i], sum);
+          sum = S32{};
+        }
+      }
+    }
+  std::memcpy(acc, total, sizeof total);
+}
+
+void vector(const uint8_t* panel, int bits, int64_t k, const int8_t* x, int, int32_t* acc) {
+  switch (bits) {
+    case 1: return one_row<1>(panel, k, x, acc);
+    case 2: return one_row<2>(panel, k, x, acc);
+    case 3: return one_row<3>(panel, k, x, acc);
+    case 4: return one_row<4>(panel, k, x, acc);
+    default: return one_row<8>(panel, k, x, acc);
+  }
+}
+
+void matrix(const uint8_t* panel, int bits, int64_t k, const int8_t* x, int64_t stride, int64_t m, int32_t* acc, uint8_t*) {
+  for (int64_t i = 0; i < m; i++) vector(panel, bits, k, x + i * stride, 8, acc + i * kPanelRows);
+}
+
+template <int kBits>
+void float_rows(const uint8_t* panel, int64_t k, const float* x, int64_t stride, int64_t m, const float* levels, float* acc) {
+  constexpr int kGroups = kBits == 3 ? 8 : 8 / kBits, kBytes = kGroups * 4 * 64 * kBits / 8;
+  std::memset(acc, 0, static_cast<size_t>(m * kPanelRows) * 4);
+  for (int64_t c = 0; c < k / 4 / kGroups; c++, panel += kBytes)
+    for (int i = 0; i < 4; i++)
+      for (int j = 0; j < kGroups; j++) {
+        S32 even, odd;
+        take_field<kBits>(panel, i, j, even, odd);
+        for (int64_t r = 0; r < m; r++) {
+          const float* q = x + r * stride + (c * kGroups + j) * 4;
+          float* to = acc + r * kPanelRows + i * 16;
+          for (int l = 0; l < 16; l++)
+            to[l] += levels[even[2 * l]] * q[0] + levels[odd[2 * l]] * q[1] + levels[even[2 * l + 1]] * q[2] + levels[odd[2 * l + 1]] * q[3];
+        }
+      }
+}
+
+void floats(const uint8_t* panel, int bits, int64_t k, const float* x, int64_t stride, int64_t m, const float* levels, float* acc) {
+  switch (bits) {
+    case 1: return float_rows<1>(panel, k, x, stride, m, levels, acc);
+    case 2: return float_rows<2>(panel, k, x, stride, m, levels, acc);
+    case 3: return float_rows<3>(panel, k, x, stride, m, levels, acc);
+    case 4: return float_rows<4>(panel, k, x, stride, m, levels, acc);
+    default: return float_rows<8>(panel, k, x, stride, m, levels, acc);
+  }
+}
+
+}  // namespace
+
+extern const Kernels kPortable;
+const Kernels kPortable = {"portable", quantize, prepare, vector, matrix, floats, finish, rotate,
+                           rms_norm, sum, dot,      add_scaled, silu_times, softmax, dense};
+
+}  // namespace bitbell

@@ -1,0 +1,25 @@
+// A pool of threads that wait by spinning a little, then sleep. One parallel region at a time; a second caller, from
+// another thread or from inside a region, runs its work alone instead of waiting.
+#pragma once
+#include <cstdint>
+#include <type_traits>
+
+namespace bitbell {
+
+using Task = void (*)(void* context, int64_t begin, int64_t end, int thread);
+
+// Run task over [0, count) cut into `threads` ranges of nearly equal length, in multiples of `grain`; the caller takes the first.
+void parallel(int threads, int64_t count, int64_t grain, Task task, void* context);
+
+template <class F>
+void parallel_for(int threads, int64_t count, int64_t grain, F&& body) {
+  using Body = std::remove_reference_t<F>;
+  parallel(
+      threads, count, grain,
+      [](void* context, int64_t begin, int64_t end, int thread) { (*static_cast<Body*>(context))(begin, end, thread); },
+      const_cast<void*>(static_cast<const void*>(&body)));
+}
+
+constexpr int kMaxThreads = 256;
+
+}  // namespace bitbell

@@ -1,0 +1,40 @@
+"""The C++ extension: addresses of tensors in, nothing checked. `bitbell.kernels.native` is its only caller."""
+
+from typing import Any
+
+def levels() -> list[tuple[str, bool, str]]: ...
+def best_level() -> str: ...
+def arranged_bytes(rows: int, k: int, bits: int) -> int: ...
+def padded_k(k: int) -> int: ...
+def arrange(words: int, rows: int, k: int, bits: int, out: int, sums: int, threads: int) -> None: ...
+def quantize(
+    level: str,
+    plan: dict[str, Any],
+    x: int,
+    rows: int,
+    k: int,
+    codes: int,
+    stride: int,
+    step: int,
+    sum: int,
+    threads: int,
+) -> None: ...
+def product(
+    level: str,
+    arranged: int,
+    bits: int,
+    outputs: int,
+    k: int,
+    codes: int,
+    stride: int,
+    x_bits: int,
+    rows: int,
+    acc: int,
+    threads: int,
+) -> None: ...
+def rotate(level: str, x: int, y: int, n: int, block: int) -> None: ...
+def stream_rate(bytes: int, passes: int, threads: int) -> float: ...
+
+class Layer:
+    def __init__(self, weights: dict[str, Any], plan: dict[str, Any] | None) -> None: ...
+    def forward(self, level: str, x: int, rows: int, y: int, codes: int, step: int, sum: int, threads: int) -> None: ...

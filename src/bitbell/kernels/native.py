@@ -1,0 +1,291 @@
+"""The C++ kernels: which there are, which is in use, and calls that take tensors.
+
+BITBELL_KERNELS chooses: "auto" (the fastest that the machine runs), "reference" (none: plain PyTorch everywhere), or a
+level by name: "portable", "avx2", "avxvnni", "avx512", "amx" ("amx-emulated" only tests). Every level computes the
+same codes and the same integer sums. Threads: `set_threads`, by default as many as torch's own (OMP_NUM_THREADS).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    from bitbell.kernels import _native as extension
+
+    missing: str | None = None
+except ImportError as error:  # installed without a compiler: everything runs on the definitions in plain PyTorch
+    extension = None  # type: ignore[assignment]
+    missing = f"bitbell was installed without its C++ extension ({error})"
+
+REFERENCE = "reference"
+VARIABLE = "BITBELL_KERNELS"
+STATISTICS = ("none", "rms", "absmax", "absmean")
+_level: str | None = None
+_threads: int | None = None
+
+
+@dataclass(frozen=True)
+class InputPlan:
+    """How rows of floats become codes; the quantizers' formulas in the few numbers that a kernel needs.
+
+    h = rotate(x), size = max(statistic(h), smallest) over the row (0 for "none"),
+    v = h / (size * divisor + divisor_plus), code = -2**(bits-1) + how many `thresholds` (2**bits - 1, rising, float32) are at most v; without thresholds
+    clip(round(v - 1/2)). step = size * step_factor + step_plus; value = (code - zero_point) * step + offset.
+    """
+
+    bits: int
+    rotation: int | None = None
+    statistic: str = "none"
+    smallest: float = 0.0
+    divisor: float = 0.0
+    divisor_plus: float = 1.0
+    step_factor: float = 0.0
+    step_plus: float = 0.0
+    thresholds: Tensor | None = None
+    zero_point: float = 0.0
+    offset: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.statistic not in STATISTICS:
+            raise ValueError(f"statistic must be one of {', '.join(STATISTICS)}, got {self.statistic!r}")
+        if not 1 <= self.bits <= 8:
+            raise ValueError(f"bits must be 1 to 8, got {self.bits}")
+        t = self.thresholds
+        if t is not None and (
+            t.dtype != torch.float32 or tuple(t.shape) != (2**self.bits - 1,) or t.device.type != "cpu"
+        ):
+            raise ValueError(f"thresholds must be {2**self.bits - 1} float32 numbers on the CPU, got {tuple(t.shape)}")
+
+    def fields(self) -> dict[str, Any]:
+        """What the extension takes; addresses are those of tensors that this plan keeps alive."""
+        return self.__dict__ | {
+            "rotation": self.rotation or 1,
+            "statistic": STATISTICS.index(self.statistic),
+            "thresholds": 0 if self.thresholds is None else self.thresholds.data_ptr(),
+        }
+
+
+# Which kernels -------------------------------------------------------------------------------------------------------
+
+
+def level_names() -> dict[str, str]:
+    """Every level compiled in -> "" if the machine runs it, or what is missing; slowest first."""
+    return {} if extension is None else {name: "" if usable else why for name, usable, why in extension.levels()}
+
+
+def level() -> str:
+    """The level in use; "reference" where there is none."""
+    global _level
+    if _level is None:
+        set_level(os.environ.get(VARIABLE, "auto"))
+    assert _level is not None
+    return _level
+
+
+def set_level(name: str) -> None:
+    """Use a level from now on, "auto" or "reference". Raises ValueError for one that is not there."""
+    global _level
+    if name == REFERENCE or (name == "auto" and extension is None):
+        _level = REFERENCE
+        return
+    if extension is None:
+        raise ValueError(f"{VARIABLE}={name!r}: {missing}; there is only {REFERENCE!r}")
+    names = level_names()
+    if name != "auto" and names.get(name, "unknown"):
+        usable = ["auto", REFERENCE, *(n for n, why in names.items() if not why)]
+        why = f" ({names[name]})" if name in names else ""
+        raise ValueError(f"{VARIABLE} must be one of {', '.join(usable)} on this machine, got {name!r}{why}")
+    _level = extension.best_level() if name == "auto" else name
+
+
+@contextmanager
+def using(name: str) -> Iterator[None]:
+    """Use a level inside a `with`."""
+    global _level
+    before = level()
+    set_level(name)
+    try:
+        yield
+    finally:
+        _level = before
+
+
+def available() -> bool:
+    """Whether C++ kernels are in use."""
+    return level() != REFERENCE
+
+
+def reason() -> str:
+    """Why the level in use is the one in use, in words."""
+    asked = os.environ.get(VARIABLE)
+    if extension is None:
+        return missing or ""
+    if asked and asked != "auto":
+        return f"{VARIABLE}={asked}"
+    lacking = [f"{name}: {why}" for name, why in level_names().items() if why]
+    return "the fastest that this machine runs" + (f" ({'; '.join(lacking)})" if lacking else "")
+
+
+def set_threads(count: int | None) -> None:
+    """Threads of every call; None: as many as torch has at that time. Raises ValueError for less than 1."""
+    global _threads
+    if count is not None and not 1 <= count <= 256:
+        raise ValueError(f"threads must be 1 to 256, or None, got {count}")
+    _threads = count
+
+
+def threads() -> int:
+    """How many threads a call uses."""
+    return torch.get_num_threads() if _threads is None else _threads
+
+
+def stream_rate(megabytes: int = 64, threads: int = 1, passes: int = 8) -> float:
+    """Bytes a second that this machine reads from a buffer of that size, the best of `passes`."""
+    return _loaded().stream_rate(megabytes * 10**6 // 512 * 512, passes, threads)
+
+
+# Calls ---------------------------------------------------------------------------------------------------------------
+
+
+def arrange(words: Tensor, bits: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Packed codes (rows, words) int32 -> what the products read (uint8, 64-byte aligned) and the codes' row sums."""
+    words = _on_cpu("words", words, torch.int32)
+    native, rows = _loaded(), words.shape[0]
+    if words.dim() != 2 or words.shape[1] != (columns * bits + 31) // 32 or not 1 <= bits <= 8:
+        raise ValueError(f"words must be (rows, {(columns * bits + 31) // 32}) for {columns} codes of {bits} bits")
+    arranged = aligned_bytes(native.arranged_bytes(rows, columns, bits))
+    sums = torch.empty(rows, dtype=torch.int32)
+    native.arrange(words.data_ptr(), rows, columns, bits, arranged.data_ptr(), sums.data_ptr(), threads())
+    return arranged, sums
+
+
+def quantize(plan: InputPlan, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Centred codes (rows, columns) int8 and steps (rows, 1) float32 of `x` (rows, columns) float32."""
+    x = _on_cpu("x", x, torch.float32)
+    _check_rotation(plan.rotation, x.shape[-1])
+    native, (rows, columns) = _loaded(), x.shape
+    stride = native.padded_k(columns)
+    codes, step = torch.empty(rows, stride, dtype=torch.int8), torch.empty(rows, 1)
+    sums = torch.empty(rows, dtype=torch.int32)
+    if x.numel():
+        places = codes.data_ptr(), stride, step.data_ptr(), sums.data_ptr()
+        native.quantize(level(), plan.fields(), x.data_ptr(), rows, columns, *places, threads())
+    return codes[:, :columns], step
+
+
+def product(codes: Tensor, arranged: Tensor, bits: int, outputs: int, x_bits: int = 8) -> Tensor:
+    """Centred input codes (rows, columns) int8 times unsigned weight codes, exactly: (rows, outputs) int32.
+
+    x_bits: how many bits the input codes need; fewer allow faster kernels.
+    """
+    if codes.dtype != torch.int8 or codes.dim() != 2:
+        raise ValueError(f"codes must be an int8 matrix, got {codes.dtype} of shape {tuple(codes.shape)}")
+    native, (rows, columns) = _loaded(), codes.shape
+    if arranged.numel() != native.arranged_bytes(outputs, columns, bits):
+        raise ValueError(f"arranged has {arranged.numel()} bytes, not those of ({outputs}, {columns}) at {bits} bits")
+    low, high = -(2 ** (x_bits - 1)), 2 ** (x_bits - 1) - 1
+    if codes.numel() and (int(codes.min()) < low or int(codes.max()) > high):
+        raise ValueError(f"codes must be {low} to {high} for x_bits={x_bits}")
+    stride = native.padded_k(columns)
+    padded = torch.nn.functional.pad(codes, (0, stride - columns)).contiguous()
+    out = torch.empty(rows, outputs, dtype=torch.int32)
+    shape = bits, outputs, columns, padded.data_ptr(), stride, x_bits, rows
+    native.product(level(), arranged.data_ptr(), *shape, out.data_ptr(), threads())
+    return out
+
+
+def rotate(x: Tensor, block: int | None) -> Tensor:
+    """The Hadamard rotation of the last dimension of `x` float32, by butterflies."""
+    if block is None or block == 1:
+        return x
+    x = _on_cpu("x", x, torch.float32)
+    _check_rotation(block, x.shape[-1])
+    y = torch.empty_like(x)
+    _loaded().rotate(level(), x.data_ptr(), y.data_ptr(), x.numel(), block)
+    return y
+
+
+class NativeLayer:
+    """A linear layer of packed codes in C++. Keeps what it borrows: the arranged codes, scales, and the plan's table.
+
+    plan: how inputs become codes; None leaves them floats (rotated by `rotation`). zero_point: of the centred weight
+    codes. table: the weight's levels where the grid is not uniform, only without a plan.
+    """
+
+    def __init__(
+        self,
+        words: Tensor,
+        bits: int,
+        columns: int,
+        scale: Tensor,
+        zero_point: float,
+        *,
+        plan: InputPlan | None,
+        rotation: int | None = None,
+        offset: Tensor | None = None,
+        bias: Tensor | None = None,
+        table: tuple[float, ...] | None = None,
+    ) -> None:
+        if plan is not None and table is not None:
+            raise ValueError("table is for layers whose inputs stay floats (plan=None)")
+        self.outputs, self.inputs, self.bits = words.shape[0], columns, bits
+        self.plan, self.rotation = plan, rotation
+        self.arranged, self.sums = arrange(words, bits, columns)
+        self.scale = scale.reshape(-1).float().contiguous()
+        self.offset = None if offset is None else offset.reshape(-1).float().expand(self.outputs).contiguous()
+        self.bias = None if bias is None else bias.float().contiguous()
+        self.table = None if table is None else torch.tensor(table)
+        self.zero_point = zero_point + 2 ** (bits - 1)
+        self.layer = _loaded().Layer(self.fields(), None if plan is None else plan.fields())
+
+    def fields(self) -> dict[str, Any]:
+        """The weights as the extension takes them."""
+        tensors: dict[str, Tensor | None] = {"data": self.arranged, "sums": self.sums, "scale": self.scale}
+        tensors |= {"offset": self.offset, "bias": self.bias, "table": self.table}
+        shape = {"bits": self.bits, "rows": self.outputs, "k": self.inputs, "zero_point": self.zero_point}
+        return shape | {name: 0 if t is None else t.data_ptr() for name, t in tensors.items()}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(..., inputs) float -> (..., outputs), computed in float32 and returned in the type of `x`."""
+        rows = x.numel() // self.inputs
+        flat = x.detach().reshape(rows, self.inputs).to(torch.float32).contiguous()
+        if self.plan is None:
+            flat = rotate(flat, self.rotation)
+        y = torch.empty(rows, self.outputs)
+        if rows:
+            work = torch.empty(rows * (extension.padded_k(self.inputs) + 64) + 64, dtype=torch.int8)
+            step, sums = torch.empty(rows), torch.empty(rows, dtype=torch.int32)
+            places = work.data_ptr(), step.data_ptr(), sums.data_ptr()
+            self.layer.forward(level(), flat.data_ptr(), rows, y.data_ptr(), *places, threads())
+        return y.view(*x.shape[:-1], self.outputs).to(x.dtype)
+
+
+def aligned_bytes(count: int) -> Tensor:
+    """An empty uint8 tensor that begins on a 64-byte boundary."""
+    room = torch.empty(count + 63, dtype=torch.uint8)
+    start = -room.data_ptr() % 64
+    return room[start : start + count]
+
+
+def _loaded() -> Any:
+    if extension is None:
+        raise RuntimeError(missing)
+    return extension
+
+
+def _on_cpu(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+    if x.dtype != dtype or x.device.type != "cpu":
+        raise ValueError(f"{name} must be {dtype} on the CPU, got {x.dtype} on {x.device}")
+    return x.contiguous()
+
+
+def _check_rotation(block: int | None, columns: int) -> None:
+    if block and columns % block:
+        raise ValueError(f"rotation must divide the {columns} columns, got {block}")
