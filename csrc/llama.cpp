@@ -15,7 +15,7 @@
 namespace bitbell {
 namespace {
 
-constexpr int64_t kKeyTile = 64;         // keys that stay in the first cache while all queries of a group meet them
+constexpr int64_t kKeyTile = 128;       // keys that stay in the first cache while all queries of a group meet them
 constexpr int64_t kGroupQueries = 16;    // queries of a group, about
 constexpr int64_t kDenseTile = 16;       // rows of a dense matrix that stay in cache while all inputs meet them
 constexpr double kWorkOfThread = 65536;  // bytes to read that are worth a thread: some microseconds
@@ -103,12 +103,19 @@ void read_row(const LlamaConfig& config, int64_t token, float* out) {
 }
 
 // out = x turned by the angles of one position, times scale; halves of a head turn together (transformers' rotate_half).
+// `out` may be x.
 void turn(const float* x, const float* cosines, const float* sines, int64_t half, float scale, float* out) {
   for (int64_t i = 0; i < half; ++i) {
     const float low = x[i], high = x[i + half];
     out[i] = (low * cosines[i] - high * sines[i]) * scale;
     out[i + half] = (high * cosines[i] + low * sines[i]) * scale;
   }
+}
+
+// y += factors[0] * rows[0] + factors[1] * rows[1] ...; rows of n floats, `stride` apart.
+void add_rows(const Kernels& kernels, float* y, const float* rows, int64_t stride, const float* factors, int64_t count,
+              int64_t n) {
+  for (int64_t i = 0; i < count; ++i) kernels.add_scaled(y, rows + i * stride, factors[i], n);
 }
 
 void check_linear(const std::string& name, const LlamaLinear& layer, int64_t rows, int64_t k) {
@@ -178,7 +185,8 @@ Llama::Llama(const LlamaConfig& config, std::vector<LlamaBlock> blocks, int64_t 
   check_config(config_, layers, slots, positions);
   for (int64_t i = 0; i < layers; ++i) check_block("blocks[" + std::to_string(i) + "]", blocks_[i], config_);
   check_linear("head", config_.head, config_.vocabulary, config_.width);
-  const double floats = 1.0 * layers * slots * config_.kv_heads * positions * config_.head_dim;
+  room_ = round_up(positions, kKeyTile);
+  const double floats = 1.0 * layers * slots * config_.kv_heads * room_ * config_.head_dim;
   if (floats > 1e15) throw std::bad_alloc();
   keys_ = Buffer(static_cast<size_t>(floats) * sizeof(float));
   values_ = Buffer(static_cast<size_t>(floats) * sizeof(float));
@@ -421,7 +429,7 @@ void Llama::multiply_panels(const Kernels& kernels, const Product& product, cons
 }
 
 float* Llama::cache(const Buffer& buffer, int64_t layer, int64_t slot, int64_t kv_head) const {
-  return buffer.as<float>() + ((layer * slots_ + slot) * config_.kv_heads + kv_head) * positions_ * config_.head_dim;
+  return buffer.as<float>() + ((layer * slots_ + slot) * config_.kv_heads + kv_head) * room_ * config_.head_dim;
 }
 
 // Turn queries and keys of rows [begin, end) by their positions; keys and values go to the cache.
@@ -434,9 +442,12 @@ void Llama::store_keys(const Step& step, int64_t layer, int64_t begin, int64_t e
     for (int64_t head = 0; head < config_.heads; ++head) {
       turn(query + head * n, cosines, sines, half, config_.attention_scale, query + head * n);
     }
-    const float *key = key_.as<float>() + row * kv_stride_, *value = value_.as<float>() + row * kv_stride_;
+    float* key = key_.as<float>() + row * kv_stride_;
+    const float* value = value_.as<float>() + row * kv_stride_;
     for (int64_t head = 0; head < config_.kv_heads; ++head) {
-      turn(key + head * n, cosines, sines, half, 1.0f, cache(keys_, layer, slot, head) + position * n);
+      turn(key + head * n, cosines, sines, half, 1.0f, key + head * n);
+      float* column = cache(keys_, layer, slot, head) + position / kKeyTile * kKeyTile * n + position % kKeyTile;
+      for (int64_t i = 0; i < n; ++i) column[i * kKeyTile] = key[head * n + i];
       std::memcpy(cache(values_, layer, slot, head) + position * n, value + head * n, n * sizeof(float));
     }
   }
@@ -468,7 +479,9 @@ void Llama::attend_group(const Step& step, int64_t layer, const Group& group, in
     for (int64_t query = 0; query < queries; ++query) {
       const int64_t count = std::min(kKeyTile, seen(query) - tile);
       if (count <= 0) continue;
-      kernels.dense(keys, 0, tile, count, n, query_.as<float>() + place(query), scores + query * scores_stride_ + tile);
+      float* out = scores + query * scores_stride_ + tile;
+      std::fill_n(out, count, 0.0f);
+      add_rows(kernels, out, keys + tile * n, kKeyTile, query_.as<float>() + place(query), n, count);
     }
   }
   for (int64_t query = 0; query < queries; ++query) {
@@ -477,10 +490,9 @@ void Llama::attend_group(const Step& step, int64_t layer, const Group& group, in
   }
   for (int64_t tile = 0; tile < longest; tile += kKeyTile) {
     for (int64_t query = 0; query < queries; ++query) {
-      const float* weights = scores + query * scores_stride_;
+      const int64_t count = std::min(kKeyTile, seen(query) - tile);
       float* out = attended_.as<float>() + place(query);
-      const int64_t end = std::min(tile + kKeyTile, seen(query));
-      for (int64_t at = tile; at < end; ++at) kernels.add_scaled(out, values + at * n, weights[at], n);
+      add_rows(kernels, out, values + tile * n, n, scores + query * scores_stride_ + tile, count, n);
     }
   }
 }

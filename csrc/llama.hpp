@@ -128,7 +128,10 @@ class Llama {
   LlamaConfig config_;
   std::vector<LlamaBlock> blocks_;
   int64_t slots_, positions_;
-  Buffer keys_, values_;               // (layers, slots, kv heads, positions, head_dim) float32
+  // float32 (layers, slots, kv heads, room_, head_dim); keys lie in tiles of positions, transposed, so that the scores of
+  // neighbouring positions are sums of vectors.
+  Buffer keys_, values_;
+  int64_t room_;                       // positions, up to a whole tile
   std::vector<int64_t> length_;        // per slot
   std::vector<int64_t> next_, last_;   // per slot: what check() follows; the last row of the call
 
