@@ -26,6 +26,9 @@ struct Accumulators {};
 struct Unpacked {};
 struct Prepared {};
 struct Rotated {};
+struct InputCodes {};
+struct InputSteps {};
+struct InputSums {};
 
 // The accumulators of every (panel, input row): `use(row of weights, count, input row, accumulators)`.
 template <class Use>
@@ -83,6 +86,17 @@ void linear(const Kernels& kernels, const Weights& w, const InputPlan& plan, con
   for_each_panel(kernels, w, x, plan.bits, threads, [&](int64_t row, int64_t count, int64_t i, const int32_t* acc) {
     kernels.finish(w, plan, acc, row, count, x.step[i], x.sum[i], y + i * y_stride + row);
   });
+}
+
+void quantized_linear(const Kernels& kernels, const Weights& w, const InputPlan& plan, const float* x, int64_t m, float* y, int threads) {
+  Codes codes;
+  codes.stride = padded_k(w.k) + 64;  // rows a multiple of 4 KiB apart would fight for the same lines of the cache
+  codes.codes = scratch_of<InputCodes, int8_t>(m * codes.stride);
+  codes.step = scratch_of<InputSteps, float>(m);
+  codes.sum = scratch_of<InputSums, int32_t>(m);
+  codes.rows = m;
+  quantize_rows(kernels, plan, x, w.k, m, w.k, codes, threads);
+  linear(kernels, w, plan, codes, y, w.rows, threads);
 }
 
 void linear_floats(const Kernels& kernels, const Weights& w, const float* x, int64_t x_stride, int64_t m, float* y, int64_t y_stride,

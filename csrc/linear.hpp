@@ -14,6 +14,9 @@ void integer_product(const Kernels& kernels, const Weights& w, const Codes& x, i
 // y (m, rows), row to row y_stride floats: the layer's outputs.
 void linear(const Kernels& kernels, const Weights& w, const InputPlan& plan, const Codes& x, float* y, int64_t y_stride, int threads);
 
+// Both in one: from floats to outputs. Codes live in memory of the calling thread.
+void quantized_linear(const Kernels& kernels, const Weights& w, const InputPlan& plan, const float* x, int64_t m, float* y, int threads);
+
 // The same for inputs left in floats (weight-only). x: (m, k) floats, already rotated.
 void linear_floats(const Kernels& kernels, const Weights& w, const float* x, int64_t x_stride, int64_t m, float* y, int64_t y_stride,
                    int threads);

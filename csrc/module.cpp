@@ -38,15 +38,12 @@ class Layer {
     if (has_plan_) plan_ = plan_from(nb::cast<nb::dict>(plan));
   }
 
-  // x (rows, k) float32, contiguous -> y (rows, outputs) float32. codes: room for rows * (padded k + 64) bytes.
-  void forward(const std::string& level, Address x, int64_t rows, Address y, Address codes, Address step, Address sum, int threads) const {
+  // x (rows, k) float32, contiguous -> y (rows, outputs) float32.
+  void forward(const std::string& level, Address x, int64_t rows, Address y, int threads) const {
     const Kernels& kernels = named(level);
     nb::gil_scoped_release release;
-    if (!has_plan_) return linear_floats(kernels, w_, at<float>(x), w_.k, rows, at<float>(y), w_.rows, threads);
-    // Rows a multiple of 4 KiB apart would fight for the same lines of the first-level cache.
-    const Codes c = codes_at(codes, padded_k(w_.k) + 64, step, sum, rows);
-    quantize_rows(kernels, plan_, at<float>(x), w_.k, rows, w_.k, c, threads);
-    linear(kernels, w_, plan_, c, at<float>(y), w_.rows, threads);
+    if (has_plan_) quantized_linear(kernels, w_, plan_, at<float>(x), rows, at<float>(y), threads);
+    else linear_floats(kernels, w_, at<float>(x), w_.k, rows, at<float>(y), w_.rows, threads);
   }
 
   static const Kernels& named(const std::string& level) {

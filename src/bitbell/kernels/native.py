@@ -35,9 +35,9 @@ _threads: int | None = None
 class InputPlan:
     """How rows of floats become codes; the quantizers' formulas in the few numbers that a kernel needs.
 
-    h = rotate(x), size = max(statistic(h), smallest) over the row (0 for "none"),
-    v = h / (size * divisor + divisor_plus), code = -2**(bits-1) + how many `thresholds` (2**bits - 1, rising, float32) are at most v; without thresholds
-    clip(round(v - 1/2)). step = size * step_factor + step_plus; value = (code - zero_point) * step + offset.
+    h = rotate(x), size = max(statistic(h), smallest) over the row (0 for "none"), v = h / (size * divisor +
+    divisor_plus); code = -2**(bits-1) + how many `thresholds` (2**bits - 1, rising, float32) are at most v, or without
+    thresholds clip(round(v - 1/2)). step = size * step_factor + step_plus; value = (code - zero_point) * step + offset.
     """
 
     bits: int
@@ -64,7 +64,7 @@ class InputPlan:
             raise ValueError(f"thresholds must be {2**self.bits - 1} float32 numbers on the CPU, got {tuple(t.shape)}")
 
     def fields(self) -> dict[str, Any]:
-        """What the extension takes; addresses are those of tensors that this plan keeps alive."""
+        """What the extension takes. Addresses are those of tensors of this plan, which must outlive their use."""
         return self.__dict__ | {
             "rotation": self.rotation or 1,
             "statistic": STATISTICS.index(self.statistic),
@@ -255,16 +255,13 @@ class NativeLayer:
     def __call__(self, x: Tensor) -> Tensor:
         """(..., inputs) float -> (..., outputs), computed in float32 and returned in the type of `x`."""
         rows = x.numel() // self.inputs
-        flat = x.detach().reshape(rows, self.inputs).to(torch.float32).contiguous()
+        flat = x if x.dtype == torch.float32 and x.is_contiguous() else x.detach().float().contiguous()
         if self.plan is None:
             flat = rotate(flat, self.rotation)
-        y = torch.empty(rows, self.outputs)
+        y = torch.empty((*x.shape[:-1], self.outputs))
         if rows:
-            work = torch.empty(rows * (extension.padded_k(self.inputs) + 64) + 64, dtype=torch.int8)
-            step, sums = torch.empty(rows), torch.empty(rows, dtype=torch.int32)
-            places = work.data_ptr(), step.data_ptr(), sums.data_ptr()
-            self.layer.forward(level(), flat.data_ptr(), rows, y.data_ptr(), *places, threads())
-        return y.view(*x.shape[:-1], self.outputs).to(x.dtype)
+            self.layer.forward(level(), flat.data_ptr(), rows, y.data_ptr(), threads())
+        return y if x.dtype == torch.float32 else y.to(x.dtype)
 
 
 def aligned_bytes(count: int) -> Tensor:

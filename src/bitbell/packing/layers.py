@@ -57,7 +57,7 @@ class PackedLinear(nn.Module, QuantizedLayer):
         self.rotation, self.weight_zero_point = weight_quantizer.rotation, weight_quantizer.zero_point
         self.weight_grid = grid_of(weight_quantizer)
         self._unpacked: tuple[Tensor, Tensor] | None = None
-        self._native: tuple[tuple[Any, ...], native.NativeLayer | None] | None = None
+        self._native: tuple[_Snapshot, native.NativeLayer | None] | None = None
         self.requires_grad_(False)
 
     @classmethod
@@ -93,17 +93,10 @@ class PackedLinear(nn.Module, QuantizedLayer):
 
     def native_layer(self) -> native.NativeLayer | None:
         """This layer for the C++ kernels, arranged at the first use; None if they have no way to compute it."""
-        kept, state = self._native, self._native_state()
-        if kept is None or kept[0] != state:
-            kept = self._native = state, self._make_native_layer()
+        kept = self._native
+        if kept is None or not kept[0].still_holds():
+            kept = self._native = _Snapshot([self, self.activation_quantizer]), self._make_native_layer()
         return kept[1]
-
-    def _native_state(self) -> tuple[Any, ...]:
-        """What tells that a tensor has been replaced or changed in place."""
-        tensors = [*self._buffers.values(), self.bias]
-        if self.activation_quantizer is not None:
-            tensors += [*self.activation_quantizer.parameters(), *self.activation_quantizer.buffers()]
-        return tuple((id(t), 0 if t.is_inference() else t._version) for t in tensors if t is not None)
 
     @torch.no_grad()
     def _make_native_layer(self) -> native.NativeLayer | None:
@@ -112,8 +105,8 @@ class PackedLinear(nn.Module, QuantizedLayer):
         if self.activation_quantizer is not None and (plan is None or table is not None):
             return None
         shape = self.weight_packed, self.recipe.weights, self.in_features, self.weight_scale, self.weight_zero_point
-        parts = {"offset": self.weight_offset, "bias": self.bias, "table": table, "rotation": self.rotation}
-        return native.NativeLayer(*shape, plan=plan, **parts)
+        options: dict[str, Any] = {"offset": self.weight_offset, "bias": self.bias, "table": table}
+        return native.NativeLayer(*shape, plan=plan, rotation=self.rotation, **options)
 
     def _reference(self, x: Tensor) -> Tensor:
         codes, _ = self._weights()
@@ -175,6 +168,21 @@ class PackedLinear(nn.Module, QuantizedLayer):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, recipe={self.recipe.name}"
+
+
+class _Snapshot:
+    """Tells, in a microsecond, whether a tensor of some modules has been replaced or changed in place."""
+
+    def __init__(self, modules: list[nn.Module | None]) -> None:
+        stores = [store for m in modules if m is not None for store in (m._parameters, m._buffers)]
+        self._places = [(store, name, t) for store in stores for name, t in store.items() if t is not None]
+        self._counted = [t for _, _, t in self._places if not t.is_inference()]
+        self._versions = [t._version for t in self._counted]
+
+    def still_holds(self) -> bool:
+        if self._versions != [t._version for t in self._counted]:
+            return False
+        return all(store.get(name) is t for store, name, t in self._places)
 
 
 @torch.no_grad()
