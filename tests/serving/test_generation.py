@@ -51,9 +51,9 @@ def test_greedy_text_is_that_of_full_forward_passes(
 
 def test_trained_and_packed_models_say_the_same(make_llama: MakeLlama, tokenizer: TextTokenizer) -> None:
     model = make_llama("bbq-w2a2")
-    for temperature in (0.0, 1.0):
+    for temperature, native in ((0.0, None), (0.0, False), (1.0, False)):
         texts = [
-            generate(m, tokenizer, "In", max_new_tokens=30, temperature=temperature).text
+            generate(m, tokenizer, "In", max_new_tokens=30, temperature=temperature, native=native).text
             for m in (model, bitbell.pack(model))
         ]
         assert texts[0] == texts[1]

@@ -183,6 +183,9 @@ def generate(
     top_k: int | None = 50,
     top_p: float | None = None,
     seed: int = 0,
+    native: bool | None = None,
+    head_bits: Literal[8] | None = None,
+    threads: int | None = None,
 ) -> int:
     """Continue a prompt.
 
@@ -194,6 +197,9 @@ def generate(
         top_k: Choose among this many likeliest tokens.
         top_p: Choose among the likeliest tokens that make up this probability.
         seed: One seed gives one text.
+        native: Take the C++ step (True) or the model's modules (False); by default C++ where it can run the model.
+        head_bits: Keep the output head and the embedding in 8 bits. Changes the numbers; native only.
+        threads: Threads of the C++ step; by default as many as torch uses.
     """
     from bitbell.serving import generate as run
     from bitbell.serving import load_tokenizer_of
@@ -208,6 +214,9 @@ def generate(
         top_k=top_k,
         top_p=top_p,
         seed=seed,
+        native=native,
+        head_bits=head_bits,
+        threads=threads,
     )
     print(result.prompt + result.text)
     print(f"{result.tokens} tokens, {result.tokens_per_second:.1f} tokens/s", file=sys.stderr)

@@ -1,5 +1,7 @@
 """A packed model -> tokens for others."""
 
+from bitbell.serving.bench import Bench, bench
 from bitbell.serving.generate import Generation, generate, load_tokenizer_of
+from bitbell.serving.native_llama import NativeLlama, why_not_native
 
-__all__ = ["Generation", "generate", "load_tokenizer_of"]
+__all__ = ["Bench", "Generation", "NativeLlama", "bench", "generate", "load_tokenizer_of", "why_not_native"]

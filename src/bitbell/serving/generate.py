@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from bitbell.evaluation.loss import evaluation_mode
+from bitbell.serving.native_llama import NativeLlama, why_not_native
 
 if TYPE_CHECKING:
     from bitbell.data import TextTokenizer
@@ -42,10 +44,15 @@ def generate(
     top_k: int | None = 50,
     top_p: float | None = None,
     seed: int = 0,
+    native: bool | None = None,
+    head_bits: int | None = None,
+    threads: int | None = None,
 ) -> Generation:
     """Continue `prompt`. temperature 0 is greedy; top_k and top_p cut the choice (None: no cut); one seed gives one
     text.
 
+    native: True runs the C++ step (`NativeLlama`; head_bits and threads are its), False the model's own modules; None
+    takes the C++ step where it can run the model. Greedy text is the same either way; a seed draws other text.
     The model runs in evaluation mode, whatever mode it is in. Raises ValueError for an empty prompt, for settings out
     of range, for more tokens than the model has positions, and for a vocabulary smaller than the tokenizer's.
     """
@@ -55,17 +62,45 @@ def generate(
         raise ValueError("the prompt is empty; give at least one character")
     inner: Any = getattr(model, "model", model) if not hasattr(model, "generation_config") else model
     _check_room(inner.config, tokenizer, len(ids), max_new_tokens)
+    how: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    why_not = "native=False" if native is False else why_not_native(inner)
+    if why_not is not None and (native or head_bits is not None):
+        raise ValueError(f"native generation (head_bits={head_bits}) is not possible: {why_not}")
+    if why_not is None:
+        engine = NativeLlama(inner, positions=len(ids) + max_new_tokens, head_bits=head_bits, threads=threads)
+        run = partial(engine.generate, ids, max_new_tokens, end_token=tokenizer.end_of_text, **how)
+        begun = time.perf_counter()
+        new = run(allowed=tokenizer.vocab_size)
+    else:
+        begun = time.perf_counter()
+        new = _by_modules(inner, tokenizer, ids, max_new_tokens, **how)
+    seconds = time.perf_counter() - begun
+    text = tokenizer.decode([token for token in new if token != tokenizer.end_of_text])
+    return Generation(prompt, text, len(new), seconds)
+
+
+def _by_modules(
+    model: Any,
+    tokenizer: TextTokenizer,
+    ids: list[int],
+    max_new_tokens: int,
+    *,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int,
+) -> list[int]:
+    """New tokens by the `generate` of `transformers`."""
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k or 0, "top_p": top_p or 1.0}
     # A vocabulary may be padded beyond the tokenizer's; those tokens have no text.
-    unknown = list(range(tokenizer.vocab_size, inner.config.vocab_size)) or None
-    device = next(inner.parameters()).device
+    unknown = list(range(tokenizer.vocab_size, model.config.vocab_size)) or None
+    device = next(model.parameters()).device
     prompt_ids = torch.tensor([ids], device=device)
-    begun = time.perf_counter()
-    with evaluation_mode(inner), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with evaluation_mode(model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        out = inner.generate(
+        out = model.generate(
             input_ids=prompt_ids,
             attention_mask=torch.ones_like(prompt_ids),
             max_new_tokens=max_new_tokens,
@@ -75,10 +110,8 @@ def generate(
             suppress_tokens=unknown,
             **sampling,
         )
-    seconds = time.perf_counter() - begun
-    new = out[0, len(ids) :].tolist()
-    text = tokenizer.decode([token for token in new if token != tokenizer.end_of_text])
-    return Generation(prompt, text, len(new), seconds)
+    new: list[int] = out[0, len(ids) :].tolist()
+    return new
 
 
 def _check_sampling(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:

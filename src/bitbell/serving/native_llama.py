@@ -126,9 +126,9 @@ class NativeLlama:
         """
         self._llama.reset(slot)
         ends = [] if end_token is None else [end_token]
-        sampling: tuple[Any, ...] = temperature, top_k or 0, 1.0 if top_p is None else top_p, allowed or 0, seed
-        run = list(prompt), max_new_tokens, ends, slot
-        tokens, _ = self._llama.generate(*run, *sampling, on_token=on_token, threads=self._threads())
+        sampling = temperature, top_k or 0, 1.0 if top_p is None else top_p, allowed or 0, seed
+        run: tuple[Any, ...] = list(prompt), max_new_tokens, ends, slot, *sampling, on_token, self._threads()
+        tokens, _ = self._llama.generate(*run)
         return list(tokens)
 
     def generate_batch(

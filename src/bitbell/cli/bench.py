@@ -1,0 +1,73 @@
+"""`bitbell bench`: speed and memory of a model on this machine."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+if TYPE_CHECKING:
+    from bitbell.serving import Bench
+
+
+def bench(
+    model: tyro.conf.Positional[str],
+    /,
+    prompt_tokens: int = 128,
+    new_tokens: int = 64,
+    rounds: int = 5,
+    threads: int | None = None,
+    head_bits: Literal[8] | None = None,
+    native: bool | None = None,
+    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
+) -> int:
+    """Tokens a second, time of each layer, share of the memory's speed, and memory.
+
+    Args:
+        model: A packed directory or a run.
+        prompt_tokens: Length of the prompt (prefill).
+        new_tokens: Tokens made after it (decode).
+        rounds: Repetitions; medians are shown.
+        threads: Threads of the C++ step; by default as many as torch uses.
+        head_bits: Keep the output head and the embedding in 8 bits (native only).
+        native: The C++ step (True) or the model's modules (False); by default C++ where it can run the model.
+        as_json: Print every number as JSON.
+    """
+    import torch
+
+    from bitbell.cli.commands import open_model
+    from bitbell.kernels import native as kernels
+    from bitbell.serving import bench as run
+
+    if threads is not None:
+        kernels.set_threads(threads)
+        torch.set_num_threads(threads)
+    loaded, _ = open_model(model)
+    sizes = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "rounds": rounds}
+    result = run(loaded, **sizes, threads=threads, head_bits=head_bits, native_step=native)
+    print(json.dumps(result.to_dict(), indent=2) if as_json else describe(result))
+    return 0
+
+
+def describe(result: Bench) -> str:
+    """The measurements as a page of text."""
+    lines = [
+        f"{result.engine}, {result.threads} thread{'s' * (result.threads > 1)}, medians (spread {result.spread:.0%})",
+        f"prefill    {result.prefill_tokens_per_second:10.1f} tokens/s   {result.prompt_tokens} tokens at a time",
+        f"decode     {result.decode_tokens_per_second:10.1f} tokens/s   one sequence, {result.new_tokens} tokens",
+        f"weights    {result.weight_bytes / 1e6:10.1f} MB         read for every token",
+    ]
+    if result.stream_bytes_per_second is not None:
+        rate = result.weight_bytes * result.decode_tokens_per_second / 1e9
+        of = f"{result.share_of_stream:.0%} of {result.stream_bytes_per_second / 1e9:.1f} GB/s, this machine's in this run"
+        lines.append(f"traffic    {rate:10.1f} GB/s       {of}")
+    lines.append(f"cache      {result.cache_bytes_per_token / 1e3:10.1f} kB         for every token of text")
+    lines.append(f"memory     {result.peak_bytes / 1e6:10.1f} MB         largest so far, Python and torch included")
+    if result.layers:
+        lines.append(f"\n{'layer':<12} {'number':>6} {'shape':>14} {'recipe':<14} {'us':>8} {'GB/s':>7}   one row each")
+    for layer in result.layers:
+        shape = "x".join(map(str, layer.shape))
+        speed = f"{layer.microseconds:8.1f} {layer.gigabytes_per_second:7.1f}"
+        lines.append(f"{layer.name:<12} {layer.count:>6} {shape:>14} {layer.recipe:<14} {speed}")
+    return "\n".join(lines)

@@ -1,0 +1,208 @@
+"""How fast a model runs on this machine: tokens a second, time of each layer, and how close its weights' traffic comes
+to what the memory can give, measured in the same run."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from bitbell.evaluation.loss import evaluation_mode
+from bitbell.kernels import native
+from bitbell.packing import PackedLinear
+from bitbell.serving.native_llama import NativeLlama, why_not_native
+
+STREAM_LIMITS = 8, 512  # megabytes of the buffer that the stream rate is measured on
+
+
+@dataclass(frozen=True)
+class LayerSpeed:
+    """One kind of layer (all blocks' q_proj, say): how many, shape, recipe, microseconds and bytes of one row's pass."""
+
+    name: str
+    count: int
+    shape: tuple[int, int]
+    recipe: str
+    microseconds: float
+    weight_bytes: int
+
+    @property
+    def gigabytes_per_second(self) -> float:
+        return self.weight_bytes / self.microseconds / 1e3
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Medians over rounds. Rates are tokens a second of one sequence; memory in bytes.
+
+    engine: what ran, and why. stream_bytes_per_second: what this machine reads from a buffer as large as the weights
+    that a token reads (8 to 512 MB). weight_bytes: of those weights. cache_bytes_per_token: of keys and values.
+    """
+
+    engine: str
+    threads: int
+    prompt_tokens: int
+    new_tokens: int
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+    spread: float
+    weight_bytes: int
+    cache_bytes_per_token: int
+    peak_bytes: int
+    stream_bytes_per_second: float | None
+    layers: list[LayerSpeed]
+
+    @property
+    def share_of_stream(self) -> float | None:
+        """Of the rate at which this machine can read, what decoding reads of weights."""
+        if self.stream_bytes_per_second is None:
+            return None
+        return self.weight_bytes * self.decode_tokens_per_second / self.stream_bytes_per_second
+
+    def to_dict(self) -> dict[str, Any]:
+        layers = [asdict(layer) | {"gigabytes_per_second": layer.gigabytes_per_second} for layer in self.layers]
+        return asdict(self) | {"layers": layers, "share_of_stream": self.share_of_stream}
+
+
+@torch.no_grad()
+def bench(
+    model: nn.Module,
+    *,
+    prompt_tokens: int = 128,
+    new_tokens: int = 64,
+    rounds: int = 5,
+    threads: int | None = None,
+    head_bits: int | None = None,
+    native_step: bool | None = None,
+) -> Bench:
+    """Measure a causal language model, with random tokens. native_step: True or False forces the C++ step or the
+    model's modules; None takes the C++ step where it can run the model.
+
+    Raises ValueError for counts below 1, for more tokens than the model has positions, and where the C++ step is asked
+    for and impossible.
+    """
+    inner: Any = getattr(model, "model", model) if not hasattr(model, "generation_config") else model
+    limit = int(inner.config.max_position_embeddings)
+    for name, value in (("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens), ("rounds", rounds)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if prompt_tokens + new_tokens > limit:
+        raise ValueError(
+            f"prompt_tokens={prompt_tokens} and new_tokens={new_tokens} exceed the model's {limit} positions"
+        )
+    why_not = "native_step=False" if native_step is False else why_not_native(inner)
+    if why_not is not None and (native_step or head_bits is not None):
+        raise ValueError(f"the native step (head_bits={head_bits}) is not possible: {why_not}")
+    threads = native.threads() if threads is None else threads
+    vocabulary = int(inner.config.vocab_size)
+    prompt = torch.randint(0, vocabulary, (prompt_tokens,), generator=torch.Generator().manual_seed(0)).tolist()
+    if why_not is None:
+        engine = NativeLlama(inner, positions=prompt_tokens + new_tokens, head_bits=head_bits, threads=threads)
+        name, weight_bytes = f"C++ step, {native.level()} kernels", engine.weight_bytes
+        times = _time_native(engine, prompt, new_tokens, rounds)
+    else:
+        name, weight_bytes = f"modules in PyTorch ({why_not})", _weight_bytes(inner)
+        times = _time_modules(inner, prompt, new_tokens, rounds)
+    prefill, decode = zip(*times, strict=True)
+    return Bench(
+        engine=name,
+        threads=threads,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        prefill_tokens_per_second=prompt_tokens / statistics.median(prefill),
+        decode_tokens_per_second=new_tokens / statistics.median(decode),
+        spread=(max(decode) - min(decode)) / statistics.median(decode),
+        weight_bytes=weight_bytes,
+        cache_bytes_per_token=_cache_bytes(inner.config),
+        peak_bytes=_peak_bytes(),
+        stream_bytes_per_second=_stream_rate(weight_bytes, threads),
+        layers=layer_speeds(inner, rounds),
+    )
+
+
+def _time_native(engine: NativeLlama, prompt: list[int], new_tokens: int, rounds: int) -> list[tuple[float, float]]:
+    """Seconds of the prompt and of the tokens that follow it, after one round that warms up."""
+    times = []
+    for _ in range(rounds + 1):
+        begun, seen = time.perf_counter(), []
+        engine.generate(prompt, new_tokens + 1, on_token=lambda _, seen=seen: seen.append(time.perf_counter()))
+        times.append((seen[0] - begun, seen[-1] - seen[0]))
+    return times[1:]
+
+
+def _time_modules(model: Any, prompt: list[int], new_tokens: int, rounds: int) -> list[tuple[float, float]]:
+    device = next(model.parameters()).device
+    times = []
+    with evaluation_mode(model):
+        for _ in range(rounds + 1):
+            begun = time.perf_counter()
+            out = model(torch.tensor([prompt], device=device), use_cache=True)
+            token, middle = out.logits[:, -1:].argmax(-1), time.perf_counter()
+            for _ in range(new_tokens):
+                out = model(token, past_key_values=out.past_key_values, use_cache=True)
+                token = out.logits[:, -1:].argmax(-1)
+            token.cpu()  # waits for a GPU
+            times.append((middle - begun, time.perf_counter() - middle))
+    return times[1:]
+
+
+def layer_speeds(model: nn.Module, rounds: int = 5) -> list[LayerSpeed]:
+    """One row through each kind of packed layer: all layers of a kind in turn, so that caches see what decoding sees."""
+    kinds: dict[tuple[str, tuple[int, int], str], list[PackedLinear]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLinear):
+            shape = module.out_features, module.in_features
+            kinds.setdefault((name.rsplit(".", 1)[-1], shape, module.recipe.name), []).append(module)
+    speeds = []
+    for (name, shape, recipe), layers in kinds.items():
+        x = torch.randn(1, shape[1], generator=torch.Generator().manual_seed(0)).to(layers[0].weight_packed.device)
+        seconds = statistics.median(_seconds(lambda layers=layers, x=x: [layer(x) for layer in layers], rounds))
+        size = sum(layer.weight_packed.numel() * 4 for layer in layers) // len(layers)
+        speeds.append(LayerSpeed(name, len(layers), shape, recipe, seconds / len(layers) * 1e6, size))
+    return speeds
+
+
+def _seconds(run: Callable[[], Any], rounds: int) -> list[float]:
+    for _ in range(3):
+        run()
+    times = []
+    for _ in range(3 * rounds):
+        begun = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - begun)
+    return times
+
+
+def _stream_rate(weight_bytes: int, threads: int) -> float | None:
+    if native.extension is None:
+        return None
+    smallest, largest = STREAM_LIMITS
+    return native.stream_rate(min(max(weight_bytes // 10**6, smallest), largest), threads)
+
+
+def _weight_bytes(model: Any) -> int:
+    """Of the weights that each token reads: all but the embedding, of which it reads a row."""
+    embedding = {id(t) for t in model.get_input_embeddings().parameters()}
+    head = model.get_output_embeddings()
+    tensors = [*model.parameters(), *model.buffers()]
+    total = sum(t.numel() * t.element_size() for t in tensors if id(t) not in embedding)
+    tied = head is not None and id(head.weight) in embedding
+    return total + (head.weight.numel() * head.weight.element_size() if tied else 0)
+
+
+def _cache_bytes(config: Any) -> int:
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(2 * config.num_hidden_layers * heads * size * 4)
+
+
+def _peak_bytes() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)
