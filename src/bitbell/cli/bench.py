@@ -60,7 +60,8 @@ def describe(result: Bench) -> str:
     ]
     if result.stream_bytes_per_second is not None:
         rate = result.weight_bytes * result.decode_tokens_per_second / 1e9
-        of = f"{result.share_of_stream:.0%} of {result.stream_bytes_per_second / 1e9:.1f} GB/s, this machine's in this run"
+        stream = f"{result.stream_bytes_per_second / 1e9:.1f} GB/s, this machine's in this run"
+        of = f"{result.share_of_stream:.0%} of {stream}"
         lines.append(f"traffic    {rate:10.1f} GB/s       {of}")
     lines.append(f"cache      {result.cache_bytes_per_token / 1e3:10.1f} kB         for every token of text")
     lines.append(f"memory     {result.peak_bytes / 1e6:10.1f} MB         largest so far, Python and torch included")

@@ -9,10 +9,11 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bitbell.evaluation.loss import evaluation_mode
 from bitbell.kernels import native
@@ -24,7 +25,7 @@ STREAM_LIMITS = 8, 512  # megabytes of the buffer that the stream rate is measur
 
 @dataclass(frozen=True)
 class LayerSpeed:
-    """One kind of layer (all blocks' q_proj, say): how many, shape, recipe, microseconds and bytes of one row's pass."""
+    """One kind of layer (all q_proj, say): how many, shape, recipe, microseconds and bytes of one row's pass."""
 
     name: str
     count: int
@@ -131,8 +132,13 @@ def _time_native(engine: NativeLlama, prompt: list[int], new_tokens: int, rounds
     """Seconds of the prompt and of the tokens that follow it, after one round that warms up."""
     times = []
     for _ in range(rounds + 1):
-        begun, seen = time.perf_counter(), []
-        engine.generate(prompt, new_tokens + 1, on_token=lambda _, seen=seen: seen.append(time.perf_counter()))
+        seen: list[float] = []
+
+        def note(_: int, seen: list[float] = seen) -> None:
+            seen.append(time.perf_counter())
+
+        begun = time.perf_counter()
+        engine.generate(prompt, new_tokens + 1, on_token=note)
         times.append((seen[0] - begun, seen[-1] - seen[0]))
     return times[1:]
 
@@ -154,7 +160,7 @@ def _time_modules(model: Any, prompt: list[int], new_tokens: int, rounds: int) -
 
 
 def layer_speeds(model: nn.Module, rounds: int = 5) -> list[LayerSpeed]:
-    """One row through each kind of packed layer: all layers of a kind in turn, so that caches see what decoding sees."""
+    """One row through each kind of packed layer: all of a kind in turn, so that caches see what decoding sees."""
     kinds: dict[tuple[str, tuple[int, int], str], list[PackedLinear]] = {}
     for name, module in model.named_modules():
         if isinstance(module, PackedLinear):
@@ -163,10 +169,15 @@ def layer_speeds(model: nn.Module, rounds: int = 5) -> list[LayerSpeed]:
     speeds = []
     for (name, shape, recipe), layers in kinds.items():
         x = torch.randn(1, shape[1], generator=torch.Generator().manual_seed(0)).to(layers[0].weight_packed.device)
-        seconds = statistics.median(_seconds(lambda layers=layers, x=x: [layer(x) for layer in layers], rounds))
+        seconds = statistics.median(_seconds(partial(_run_all, layers, x), rounds))
         size = sum(layer.weight_packed.numel() * 4 for layer in layers) // len(layers)
         speeds.append(LayerSpeed(name, len(layers), shape, recipe, seconds / len(layers) * 1e6, size))
     return speeds
+
+
+def _run_all(layers: list[PackedLinear], x: Tensor) -> None:
+    for layer in layers:
+        layer(x)
 
 
 def _seconds(run: Callable[[], Any], rounds: int) -> list[float]:
