@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 import bitbell
 from bitbell.models.presets import PRESETS, Preset
+from bitbell.serving import NativeLlama
 
 POSITIONS = 512
 
@@ -90,23 +91,18 @@ class Native(Engine):
 
     def __init__(self, packed: nn.Module, threads: int, head_bits: int | None, expected: Tensor) -> None:
         self.name = "bitbell native" + (f", head {head_bits}-bit" if head_bits else "")
-        self.model, self.expected = native_model(packed, threads, head_bits), expected
+        self.model, self.expected = NativeLlama(packed, threads=threads, head_bits=head_bits), expected
+        self.last = 0
         if head_bits:
             self.tolerance += 4 / 2**head_bits
 
     def prefill(self, ids: list[int]) -> Tensor | None:
         logits = self.model.prefill(ids)
-        return torch.as_tensor(logits).float().reshape(-1) if logits is not None else None
+        self.last = int(logits.argmax())
+        return logits
 
     def decode(self, count: int) -> None:
-        self.model.decode(count)
-
-
-def native_model(packed: nn.Module, threads: int, head_bits: int | None) -> Any:
-    """What has `prefill(ids)` and `decode(count)`; raises ImportError where this bitbell has none."""
-    from bitbell.serving import NativeLlama
-
-    return NativeLlama(packed, threads=threads, head_bits=head_bits)
+        self.last = self.model.generate([self.last], count, keep=True)[-1]
 
 
 class LlamaCpp(Engine):
@@ -277,7 +273,7 @@ def engines_for(
     for head_bits in [None, *args.head_bits]:
         try:
             engines.append(Native(packed, threads, head_bits, expected))
-        except ImportError as error:
+        except ValueError as error:
             print(f"bitbell native: not timed: {error}")
             break
     engines += [

@@ -106,6 +106,14 @@ class NativeLlama:
         """Start a slot anew with a prompt; logits (vocabulary,) of what follows."""
         return self.forward(tokens, [slot] * len(tokens), range(len(tokens)))[0]
 
+    def decode(self, token: int, slot: int = 0) -> Tensor:
+        """Append one token to a slot; logits (vocabulary,) of what follows."""
+        return self.forward([token], [slot], [self.length(slot)])[0]
+
+    def length(self, slot: int = 0) -> int:
+        """How many tokens a slot holds."""
+        return int(self._llama.length(slot))
+
     def generate(
         self,
         prompt: Sequence[int],
@@ -118,13 +126,16 @@ class NativeLlama:
         allowed: int | None = None,
         seed: int = 0,
         slot: int = 0,
+        keep: bool = False,
         on_token: Callable[[int], Any] | None = None,
     ) -> list[int]:
         """Tokens that follow a prompt, until `end_token` (returned too) or `max_new_tokens`; temperature 0 is greedy.
 
-        allowed: choose among the first so many tokens. on_token sees each one; returning False stops.
+        allowed: choose among the first so many tokens. keep: the prompt goes on from what the slot holds, instead of
+        anew. on_token sees each new token; returning False stops.
         """
-        self._llama.reset(slot)
+        if not keep:
+            self._llama.reset(slot)
         ends = [] if end_token is None else [end_token]
         sampling = temperature, top_k or 0, 1.0 if top_p is None else top_p, allowed or 0, seed
         run: tuple[Any, ...] = list(prompt), max_new_tokens, ends, slot, *sampling, on_token, self._threads()
