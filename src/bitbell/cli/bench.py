@@ -18,7 +18,7 @@ def bench(
     new_tokens: int = 64,
     rounds: int = 5,
     threads: int | None = None,
-    head_bits: Literal[8] | None = None,
+    head_bits: Literal[8, 16] | None = None,
     native: bool | None = None,
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> int:
@@ -30,7 +30,7 @@ def bench(
         new_tokens: Tokens made after it (decode).
         rounds: Repetitions; medians are shown.
         threads: Threads of the C++ step; by default as many as torch uses.
-        head_bits: Keep the output head and the embedding in 8 bits (native only).
+        head_bits: Keep the output head and the embedding in 8 bits, or bfloat16 (16); native only.
         native: The C++ step (True) or the model's modules (False); by default C++ where it can run the model.
         as_json: Print every number as JSON.
     """

@@ -184,7 +184,7 @@ def generate(
     top_p: float | None = None,
     seed: int = 0,
     native: bool | None = None,
-    head_bits: Literal[8] | None = None,
+    head_bits: Literal[8, 16] | None = None,
     threads: int | None = None,
 ) -> int:
     """Continue a prompt.
@@ -198,7 +198,7 @@ def generate(
         top_p: Choose among the likeliest tokens that make up this probability.
         seed: One seed gives one text.
         native: Take the C++ step (True) or the model's modules (False); by default C++ where it can run the model.
-        head_bits: Keep the output head and the embedding in 8 bits. Changes the numbers; native only.
+        head_bits: Keep the output head and the embedding in 8 bits, or bfloat16 (16). Changes the numbers; native only.
         threads: Threads of the C++ step; by default as many as torch uses.
     """
     from bitbell.serving import generate as run

@@ -51,9 +51,10 @@ class NativeLlama:
     """A LLaMA-family model (packed, or in full precision) behind one C++ call a step.
 
     slots: how many sequences it holds at a time; positions: tokens a slot has room for (default: all that the model
-    has; memory is taken as they are used). head_bits=8 keeps the output head and the embedding in 8 bits (off by
-    default: it changes the numbers). threads: of every call; None as `bitbell.kernels.native.threads()`. The weights
-    are those of the time of construction. Raises ValueError for a model that it cannot run, saying why.
+    has; memory is taken as they are used). head_bits keeps the output head and the embedding in 8 bits, or in bfloat16
+    (16); by default they stay as they are, since it changes the numbers. threads: of every call; None as
+    `bitbell.kernels.native.threads()`. The weights are those of the time of construction. Raises ValueError for a model
+    that it cannot run, saying why.
     """
 
     def __init__(
@@ -68,8 +69,8 @@ class NativeLlama:
         why = why_not_native(model)
         if why is not None:
             raise ValueError(f"the native LLaMA cannot run this model: {why}")
-        if head_bits not in (None, 8):
-            raise ValueError(f"head_bits must be 8, or None for the head as it is, got {head_bits}")
+        if head_bits not in (None, 8, 16):
+            raise ValueError(f"head_bits must be 8, 16, or None for the head as it is, got {head_bits}")
         inner = _inner(model)
         limit = int(inner.config.max_position_embeddings)
         positions = limit if positions is None else positions
@@ -224,14 +225,17 @@ class _Parts:
             "cosines": self._floats(cosines[0, :, :half]),
             "sines": self._floats(sines[0, :, :half]),
             "final_norm": self._floats(model.model.norm.weight),
-            "head": self._linear(model.lm_head) if head_bits is None else self._eight_bit_head(model.lm_head),
+            "head": self._head(model.lm_head, head_bits),
             **self._embedding(model.model.embed_tokens.weight, head_bits),
         }
 
-    def _linear(self, layer: Any) -> dict[str, Any]:
+    def _head(self, head: nn.Linear, bits: int | None) -> dict[str, Any]:
+        return self._eight_bit_head(head) if bits == 8 else self._linear(head, torch.bfloat16 if bits == 16 else None)
+
+    def _linear(self, layer: Any, dtype: torch.dtype | None = None) -> dict[str, Any]:
         if isinstance(layer, PackedLinear):
             return self._packed(layer.native_layer(), id(layer.activation_quantizer))
-        weight = layer.weight.detach().contiguous()
+        weight = layer.weight.detach().to(dtype or layer.weight.dtype).contiguous()
         self.kept.append(weight)
         self.weight_bytes += weight.numel() * weight.element_size()
         dense = {"dense": weight.data_ptr(), "dense_type": DENSE_TYPES[weight.dtype]}
@@ -257,8 +261,8 @@ class _Parts:
         return self._packed(layer, id(layer))
 
     def _embedding(self, weight: Tensor, bits: int | None) -> dict[str, Any]:
-        weight = weight.detach().contiguous()
-        if bits is None:
+        weight = weight.detach().to(torch.bfloat16 if bits == 16 else weight.dtype).contiguous()
+        if bits != 8:
             self.kept.append(weight)
             return {"embedding": weight.data_ptr(), "embedding_type": DENSE_TYPES[weight.dtype], "embedding_scale": 0}
         scale = weight.float().abs().amax(1).clamp_min(1e-12) / 127
