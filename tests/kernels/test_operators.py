@@ -403,3 +403,11 @@ def test_kernel_paths_names_a_path_for_every_registered_operator(monkeypatch: py
         paths = kernel_paths()
         assert set(paths) == {"packed layers", "integer_product", "pack_codes", "unpack_codes"}
         assert word in paths["integer_product"]
+
+
+@pytest.mark.parametrize("columns", [1, 2])
+def test_integer_product_of_few_columns(columns: int) -> None:
+    for rows in range(1, 6):
+        a = torch.arange(-3, 2 * columns - 3, dtype=torch.int8).view(2, columns)
+        b = torch.arange(rows * columns, dtype=torch.int8).view(rows, columns)
+        assert torch.equal(integer_product(a, b), a.int() @ b.int().T)

@@ -202,7 +202,8 @@ def _(a: Tensor, b: Tensor) -> Tensor:
 def _integer_product_cpu(a: Tensor, b: Tensor) -> Tensor:
     """With VNNI, `torch._int_mm` is a fast int8 product; without it, that function is ten times slower than float32."""
     _check_operands(a, b)
-    if _has_vnni() and a.shape[0] and b.shape[0] and a.shape[1]:
+    # With one column, torch 2.13's product leaves its result unset.
+    if _has_vnni() and a.shape[0] and b.shape[0] and a.shape[1] > 1:
         return torch._int_mm(a, b.T)
     return integer_product._init_fn(a, b)
 
