@@ -64,7 +64,10 @@ def _(words: Tensor, bits: int, columns: int) -> tuple[Tensor, Tensor]:
 def quantize_rows(
     x: Tensor, thresholds: Tensor | None, bits: int, rotation: int, statistic: str, numbers: list[float]
 ) -> tuple[Tensor, Tensor]:
-    """Codes and steps of the rows of `x`, as `InputPlan` says; numbers: those of NUMBERS. A step is NaN where its row holds NaN or infinity; without a statistic, every step is."""
+    """Codes and steps of the rows of `x`, as `InputPlan` says; numbers: those of NUMBERS.
+
+    A step is NaN where its row holds NaN or infinity; without a statistic, every step is.
+    """
     smallest, divisor, divisor_plus, step_factor, step_plus = numbers
     h = rotate(x, rotation)
     size = _measure(h, statistic).clamp_min(smallest)
