@@ -20,10 +20,18 @@ INLINE int shared_fields(int bits, int x_bits) {
 
 void prepare(const int8_t* x, int64_t k, int bits, int x_bits, int8_t* prepared) {
   const int shared = shared_fields(bits, x_bits);
-  for (int64_t i = 0; i < k; i++) {
-    const int shift = shared > 1 ? bits * (shared - 1 - static_cast<int>(i / 4 % shared)) : 0;
-    prepared[i] = static_cast<int8_t>(x[i] * (1 << shift));
+  if (shared <= 1) {
+    std::memcpy(prepared, x, static_cast<size_t>(k));
+    return;
   }
+  alignas(64) int32_t shifts[16], kept[16];  // of four inputs, and the bits of each that are its own after shifting
+  for (int i = 0; i < 16; i++) {
+    shifts[i] = bits * (shared - 1 - i % shared);
+    kept[i] = static_cast<int32_t>(0x01010101u * ((0xffu << shifts[i]) & 0xffu));
+  }
+  const __m512i count = load512(shifts), mask = load512(kept);
+  for (int64_t i = 0; i < k; i += 64)
+    _mm512_storeu_si512(prepared + i, _mm512_and_si512(_mm512_sllv_epi32(load512(x + i), count), mask));
 }
 
 INLINE __m512i four_inputs(const int8_t* x) {

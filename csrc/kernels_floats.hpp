@@ -382,6 +382,7 @@ float dot_narrow(const uint16_t* a, const float* b, int64_t n) {
 #pragma GCC unroll 4
     for (int j = 0; j < 4; j++) {
       H16 v;
+      if (j % 2 == 0) __builtin_prefetch(a + i + 16 * j + 1536);
       std::memcpy(&v, a + i + 16 * j, sizeof v);
       s[j] += widen(v, kBrain) * load(b + i + 16 * j);
     }
