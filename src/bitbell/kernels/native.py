@@ -57,11 +57,14 @@ class InputPlan:
             raise ValueError(f"statistic must be one of {', '.join(STATISTICS)}, got {self.statistic!r}")
         if not 1 <= self.bits <= 8:
             raise ValueError(f"bits must be 1 to 8, got {self.bits}")
-        t = self.thresholds
-        if t is not None and (
-            t.dtype != torch.float32 or tuple(t.shape) != (2**self.bits - 1,) or t.device.type != "cpu"
-        ):
-            raise ValueError(f"thresholds must be {2**self.bits - 1} float32 numbers on the CPU, got {tuple(t.shape)}")
+        _check_power_of_two(self.rotation)
+        t, wanted = self.thresholds, 2**self.bits - 1
+        if t is None:
+            return
+        if t.dtype != torch.float32 or tuple(t.shape) != (wanted,) or t.device.type != "cpu":
+            got = f"{t.dtype} of shape {tuple(t.shape)} on {t.device}"
+            raise ValueError(f"thresholds must be {wanted} float32 numbers on the CPU, got {got}")
+        object.__setattr__(self, "thresholds", t.contiguous())  # what the kernels read lies together
 
     def fields(self) -> dict[str, Any]:
         """What the extension takes. Addresses are those of tensors of this plan, which must outlive their use."""
@@ -169,7 +172,9 @@ def arrange(words: Tensor, bits: int, columns: int) -> tuple[Tensor, Tensor]:
 def quantize(plan: InputPlan, x: Tensor) -> tuple[Tensor, Tensor]:
     """Centred codes (rows, columns) int8 and steps (rows, 1) float32 of `x` (rows, columns) float32."""
     x = _on_cpu("x", x, torch.float32)
-    _check_rotation(plan.rotation, x.shape[-1])
+    if x.dim() != 2:
+        raise ValueError(f"x must be (rows, columns), got {tuple(x.shape)}")
+    _check_rotation(plan.rotation, x.shape[1])
     native, (rows, columns) = _loaded(), x.shape
     stride = native.padded_k(columns)
     codes, step = torch.empty(rows, stride, dtype=torch.int8), torch.empty(rows, 1)
@@ -178,6 +183,11 @@ def quantize(plan: InputPlan, x: Tensor) -> tuple[Tensor, Tensor]:
         places = codes.data_ptr(), stride, step.data_ptr(), sums.data_ptr()
         native.quantize(level(), plan.fields(), x.data_ptr(), rows, columns, *places, threads())
     return codes[:, :columns], step
+
+
+def sums_fit(columns: int, bits: int, x_bits: int) -> bool:
+    """Whether int32 holds every sum of products on the way: unsigned weight codes times centred input codes."""
+    return columns < 2**17 and columns * (2**bits - 1) * 2 ** (x_bits - 1) < 2**31
 
 
 def product(codes: Tensor, arranged: Tensor, bits: int, outputs: int, x_bits: int = 8) -> Tensor:
@@ -190,6 +200,10 @@ def product(codes: Tensor, arranged: Tensor, bits: int, outputs: int, x_bits: in
     native, (rows, columns) = _loaded(), codes.shape
     if arranged.numel() != native.arranged_bytes(outputs, columns, bits):
         raise ValueError(f"arranged has {arranged.numel()} bytes, not those of ({outputs}, {columns}) at {bits} bits")
+    if not 1 <= x_bits <= 8:
+        raise ValueError(f"x_bits must be 1 to 8, got {x_bits}")
+    if not sums_fit(columns, bits, x_bits):
+        raise ValueError(f"{columns} columns of {bits} and {x_bits} bits are too many for sums of int32")
     low, high = -(2 ** (x_bits - 1)), 2 ** (x_bits - 1) - 1
     if codes.numel() and (int(codes.min()) < low or int(codes.max()) > high):
         raise ValueError(f"codes must be {low} to {high} for x_bits={x_bits}")
@@ -216,7 +230,8 @@ class NativeLayer:
     """A linear layer of packed codes in C++. Keeps what it borrows: the arranged codes, scales, and the plan's table.
 
     plan: how inputs become codes; None leaves them floats (rotated by `rotation`). zero_point: of the centred weight
-    codes. table: the weight's levels where the grid is not uniform, only without a plan.
+    codes. table: the weight's levels where the grid is not uniform, only without a plan. Raises ValueError for parts
+    that do not fit each other.
     """
 
     def __init__(
@@ -235,15 +250,26 @@ class NativeLayer:
     ) -> None:
         if plan is not None and table is not None:
             raise ValueError("table is for layers whose inputs stay floats (plan=None)")
+        if table is not None and (len(table) != 2**bits or bits > 4):
+            raise ValueError(f"table must have {2**bits} levels for {bits} bits, at most 4 bits, got {len(table)}")
+        if plan is not None and not sums_fit(columns, bits, plan.bits):
+            raise ValueError(f"{columns} columns of {bits} and {plan.bits} bits are too many for sums of int32")
+        _check_rotation(rotation if plan is None else plan.rotation, columns)
         self.outputs, self.inputs, self.bits = words.shape[0], columns, bits
         self.plan, self.rotation = plan, rotation
         self.arranged, self.sums = arrange(words, bits, columns)
-        self.scale = scale.reshape(-1).float().contiguous()
-        self.offset = None if offset is None else offset.reshape(-1).float().expand(self.outputs).contiguous()
-        self.bias = None if bias is None else bias.float().contiguous()
+        self.scale = self._of_outputs("scale", scale)
+        self.offset = None if offset is None else self._of_outputs("offset", offset)
+        self.bias = None if bias is None else self._of_outputs("bias", bias)
         self.table = None if table is None else torch.tensor(table)
         self.zero_point = zero_point + 2 ** (bits - 1)
         self.layer = _loaded().Layer(self.fields(), None if plan is None else plan.fields())
+
+    def _of_outputs(self, name: str, x: Tensor) -> Tensor:
+        """A number for each output, float32 (outputs,); one for all is repeated."""
+        if x.numel() not in (1, self.outputs) or x.device.type != "cpu":
+            raise ValueError(f"{name} must have {self.outputs} numbers, got {x.numel()} on {x.device}")
+        return x.reshape(-1).float().expand(self.outputs).contiguous()
 
     def fields(self) -> dict[str, Any]:
         """The weights as the extension takes them."""
@@ -254,6 +280,8 @@ class NativeLayer:
 
     def __call__(self, x: Tensor) -> Tensor:
         """(..., inputs) float -> (..., outputs), computed in float32 and returned in the type of `x`."""
+        if x.shape[-1:] != (self.inputs,) or not x.is_cpu:
+            raise ValueError(f"x must be (..., {self.inputs}) on the CPU, got {tuple(x.shape)} on {x.device}")
         rows = x.numel() // self.inputs
         flat = x if x.dtype == torch.float32 and x.is_contiguous() else x.detach().float().contiguous()
         if self.plan is None:
@@ -283,6 +311,12 @@ def _on_cpu(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.contiguous()
 
 
+def _check_power_of_two(rotation: int | None) -> None:
+    if rotation is not None and (rotation < 1 or rotation & (rotation - 1)):
+        raise ValueError(f"rotation must be a power of two or None, got {rotation}")
+
+
 def _check_rotation(block: int | None, columns: int) -> None:
-    if block and columns % block:
+    _check_power_of_two(block)
+    if block is not None and columns % block:
         raise ValueError(f"rotation must divide the {columns} columns, got {block}")
