@@ -27,6 +27,9 @@ except ImportError as error:  # installed without a compiler: everything runs on
 REFERENCE = "reference"
 VARIABLE = "BITBELL_KERNELS"
 STATISTICS = ("none", "rms", "absmax", "absmean")
+# Of what the extension fills: whatever torch.set_default_dtype and torch.device say.
+FLOATS: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+INTEGERS: dict[str, Any] = {"dtype": torch.int32, "device": "cpu"}
 _level: str | None = None
 _threads: int | None = None
 
@@ -164,7 +167,7 @@ def arrange(words: Tensor, bits: int, columns: int) -> tuple[Tensor, Tensor]:
     if words.dim() != 2 or words.shape[1] != (columns * bits + 31) // 32 or not 1 <= bits <= 8:
         raise ValueError(f"words must be (rows, {(columns * bits + 31) // 32}) for {columns} codes of {bits} bits")
     arranged = aligned_bytes(native.arranged_bytes(rows, columns, bits))
-    sums = torch.empty(rows, dtype=torch.int32)
+    sums = torch.empty(rows, **INTEGERS)
     native.arrange(words.data_ptr(), rows, columns, bits, arranged.data_ptr(), sums.data_ptr(), threads())
     return arranged, sums
 
@@ -177,8 +180,8 @@ def quantize(plan: InputPlan, x: Tensor) -> tuple[Tensor, Tensor]:
     _check_rotation(plan.rotation, x.shape[1])
     native, (rows, columns) = _loaded(), x.shape
     stride = native.padded_k(columns)
-    codes, step = torch.empty(rows, stride, dtype=torch.int8), torch.empty(rows, 1)
-    sums = torch.empty(rows, dtype=torch.int32)
+    codes = torch.empty(rows, stride, dtype=torch.int8, device="cpu")
+    step, sums = torch.empty(rows, 1, **FLOATS), torch.empty(rows, **INTEGERS)
     if x.numel():
         places = codes.data_ptr(), stride, step.data_ptr(), sums.data_ptr()
         native.quantize(level(), plan.fields(), x.data_ptr(), rows, columns, *places, threads())
@@ -209,7 +212,7 @@ def product(codes: Tensor, arranged: Tensor, bits: int, outputs: int, x_bits: in
         raise ValueError(f"codes must be {low} to {high} for x_bits={x_bits}")
     stride = native.padded_k(columns)
     padded = torch.nn.functional.pad(codes, (0, stride - columns)).contiguous()
-    out = torch.empty(rows, outputs, dtype=torch.int32)
+    out = torch.empty(rows, outputs, **INTEGERS)
     shape = bits, outputs, columns, padded.data_ptr(), stride, x_bits, rows
     native.product(level(), arranged.data_ptr(), *shape, out.data_ptr(), threads())
     return out
@@ -261,7 +264,7 @@ class NativeLayer:
         self.scale = self._of_outputs("scale", scale)
         self.offset = None if offset is None else self._of_outputs("offset", offset)
         self.bias = None if bias is None else self._of_outputs("bias", bias)
-        self.table = None if table is None else torch.tensor(table)
+        self.table = None if table is None else torch.tensor(table, **FLOATS)
         self.zero_point = zero_point + 2 ** (bits - 1)
         self.layer = _loaded().Layer(self.fields(), None if plan is None else plan.fields())
 
@@ -286,7 +289,7 @@ class NativeLayer:
         flat = x if x.dtype == torch.float32 and x.is_contiguous() else x.detach().float().contiguous()
         if self.plan is None:
             flat = rotate(flat, self.rotation)
-        y = torch.empty((*x.shape[:-1], self.outputs))
+        y = torch.empty((*x.shape[:-1], self.outputs), **FLOATS)
         if rows:
             self.layer.forward(level(), flat.data_ptr(), rows, y.data_ptr(), threads())
         return y if x.dtype == torch.float32 else y.to(x.dtype)
@@ -294,7 +297,7 @@ class NativeLayer:
 
 def aligned_bytes(count: int) -> Tensor:
     """An empty uint8 tensor that begins on a 64-byte boundary."""
-    room = torch.empty(count + 63, dtype=torch.uint8)
+    room = torch.empty(count + 63, dtype=torch.uint8, device="cpu")
     start = -room.data_ptr() % 64
     return room[start : start + count]
 
