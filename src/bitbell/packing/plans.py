@@ -17,6 +17,7 @@ from torch import Tensor
 from bitbell.kernels.native import InputPlan
 from bitbell.quantizers import BBQ, LSQ, AbsMax, Quantizer, QuEST
 from bitbell.quantizers.formula import FormulaQuantizer
+from bitbell.quantizers.n2uq import N2UQActivations
 from bitbell.quantizers.steps import OPTIMAL_CLIP, SMALLEST_SIZE
 
 Codes = Callable[[Tensor], Tensor]
@@ -27,9 +28,11 @@ LARGEST = 1e30  # that is looked for; sums of such numbers are still finite
 def input_plan(quantizer: Quantizer) -> InputPlan | None:
     """The plan of an activation quantizer in evaluation mode, from its state as it is now.
 
-    None where there is none: levels that are no uniform grid, or a statistic over the whole tensor.
+    None where there is none: levels that are no uniform grid, a statistic over the whole tensor, or codes that fall.
     """
     if quantizer.table is not None:
+        return None
+    if isinstance(quantizer, N2UQActivations) and float(quantizer.input_scale) < 0:
         return None
     group = getattr(quantizer, "rms", getattr(quantizer, "granularity", None))
     computes = isinstance(quantizer, (BBQ, QuEST)) or getattr(quantizer, "statistic", None) is not None
@@ -44,7 +47,7 @@ def _static_plan(quantizer: Quantizer) -> InputPlan:
     """Nothing is measured: thresholds are values of the rotated input."""
     bare = copy.copy(quantizer).eval()
     bare.rotation = None
-    known = bare.quantize(torch.zeros(1))
+    known = bare.quantize(_float32(0.0))
     step = float(known.step)
     offset = 0.0 if known.offset is None else float(known.offset)
     plan = partial(InputPlan, quantizer.bits, quantizer.rotation, step_plus=step, zero_point=quantizer.zero_point)
@@ -68,14 +71,14 @@ def _token_plan(quantizer: Quantizer) -> InputPlan | None:
         return _uniform_plan(plan, "rms", bits, step, plus)
     assert isinstance(quantizer, FormulaQuantizer)
     assert quantizer.statistic is not None
-    of_one, of_two = (quantizer.formula(torch.zeros(1), torch.full((1,), size)) for size in (1.0, 2.0))
+    of_one, of_two = (quantizer.formula(_float32(0.0), _float32(size)) for size in (1.0, 2.0))
     step = float(of_one.step)
     if of_one.offset is not None or float(of_two.step) != 2 * step:
         return None  # no step in proportion to the size
     plan = partial(plan, smallest=SMALLEST_SIZE)
     if isinstance(quantizer, AbsMax):
         return _uniform_plan(plan, "absmax", bits, step, 0.0)
-    table = find_thresholds(lambda v: quantizer.formula(v, torch.ones(1)).codes, bits)
+    table = find_thresholds(lambda v: quantizer.formula(v, _float32(1.0)).codes, bits)
     return plan(statistic=quantizer.statistic, divisor=1.0, divisor_plus=0.0, step_factor=step, thresholds=table)
 
 
@@ -101,7 +104,7 @@ def find_thresholds(codes: Codes, bits: int) -> Tensor:
 
     (2**bits - 1,) float32; -inf for a code that everything reaches, inf for one that nothing does.
     """
-    wanted = torch.arange(1, 2**bits) - 2 ** (bits - 1)
+    wanted = torch.arange(1, 2**bits, device="cpu") - 2 ** (bits - 1)
     low = torch.full_like(wanted, -_place(LARGEST))
     high = torch.full_like(wanted, _place(LARGEST))
     always, never = codes(_float_at(low)) >= wanted, codes(_float_at(high)) < wanted
@@ -113,10 +116,15 @@ def find_thresholds(codes: Codes, bits: int) -> Tensor:
     return found.masked_fill(always, -torch.inf).masked_fill(never, torch.inf)
 
 
+def _float32(x: float) -> Tensor:
+    """(1,), whatever torch's default type and device are."""
+    return torch.tensor([x], dtype=torch.float32, device="cpu")
+
+
 def _place(x: float) -> int:
     """Where a positive float32 stands among the floats in rising order; 0.0 has place 0."""
-    return int(torch.tensor(x).view(torch.int32))
+    return int(_float32(x).view(torch.int32))
 
 
 def _float_at(place: Tensor) -> Tensor:
-    return torch.where(place < 0, -1.0, 1.0) * place.abs().to(torch.int32).view(torch.float32)
+    return torch.where(place < 0, _float32(-1.0), _float32(1.0)) * place.abs().to(torch.int32).view(torch.float32)
