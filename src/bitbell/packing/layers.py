@@ -95,15 +95,18 @@ class PackedLinear(nn.Module, QuantizedLayer):
         """This layer for the C++ kernels, arranged at the first use; None if they have no way to compute it."""
         kept = self._native
         if kept is None or not kept[0].still_holds():
-            kept = self._native = _Snapshot([self, self.activation_quantizer]), self._make_native_layer()
+            kept = self._native = _Snapshot(self), self._make_native_layer()
         return kept[1]
 
     @torch.no_grad()
     def _make_native_layer(self) -> native.NativeLayer | None:
         plan = None if self.activation_quantizer is None else input_plan(self.activation_quantizer)
         table = self.weight_grid[1]
-        if self.activation_quantizer is not None and (plan is None or table is not None):
-            return None
+        if self.activation_quantizer is not None:
+            if plan is None or table is not None:
+                return None
+            if not native.sums_fit(self.in_features, self.recipe.weights, plan.bits):
+                return None
         shape = self.weight_packed, self.recipe.weights, self.in_features, self.weight_scale, self.weight_zero_point
         options: dict[str, Any] = {"offset": self.weight_offset, "bias": self.bias, "table": table}
         return native.NativeLayer(*shape, plan=plan, rotation=self.rotation, **options)
@@ -163,6 +166,10 @@ class PackedLinear(nn.Module, QuantizedLayer):
         self._unpacked = self._native = None
         super()._load_from_state_dict(*args, **kwargs)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles arrange and unpack for themselves."""
+        return self.__dict__ | {"_unpacked": None, "_native": None}
+
     def weight_codes(self) -> Tensor:
         return unpack_codes(self.weight_packed, self.recipe.weights, self.in_features)
 
@@ -171,18 +178,22 @@ class PackedLinear(nn.Module, QuantizedLayer):
 
 
 class _Snapshot:
-    """Tells, in a microsecond, whether a tensor of some modules has been replaced or changed in place."""
+    """Tells, in a few microseconds, whether a tensor of a layer or its quantizer was replaced or changed in place."""
 
-    def __init__(self, modules: list[nn.Module | None]) -> None:
-        stores = [store for m in modules if m is not None for store in (m._parameters, m._buffers)]
-        self._places = [(store, name, t) for store in stores for name, t in store.items() if t is not None]
-        self._counted = [t for _, _, t in self._places if not t.is_inference()]
+    def __init__(self, layer: PackedLinear) -> None:
+        modules = [m for m in (layer, layer.activation_quantizer) if m is not None]
+        self._stores: list[dict[str, Any]] = [store for m in modules for store in (m._parameters, m._buffers)]
+        self._sizes = [*map(len, self._stores)]  # a bias that comes later may come as a parameter
+        self._places = [(store, name, held) for store in self._stores for name, held in store.items()]
+        for store in (layer.__dict__, layer._modules):  # a shared quantizer is in the first
+            self._places.append((store, "activation_quantizer", store.get("activation_quantizer")))
+        self._counted = [t for _, _, t in self._places if isinstance(t, Tensor) and not t.is_inference()]
         self._versions = [t._version for t in self._counted]
 
     def still_holds(self) -> bool:
-        if self._versions != [t._version for t in self._counted]:
+        if self._versions != [t._version for t in self._counted] or self._sizes != [*map(len, self._stores)]:
             return False
-        return all(store.get(name) is t for store, name, t in self._places)
+        return all(store.get(name) is held for store, name, held in self._places)
 
 
 @torch.no_grad()
