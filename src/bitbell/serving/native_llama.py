@@ -42,8 +42,10 @@ def why_not_native(model: nn.Module) -> str | None:
     for name, module in inner.named_modules():
         if isinstance(module, PackedLinear) and module.native_layer() is None:
             return f"{name} is {module.recipe.name}, which the kernels have no way for"
-        if isinstance(module, nn.Linear) and (type(module) is not nn.Linear or module.weight.dtype not in DENSE_TYPES):
-            return f"{name} is a {type(module).__name__} of {module.weight.dtype}; pack the model first"
+        if isinstance(module, nn.Linear) and type(module) is not nn.Linear:
+            return f"{name} is a {type(module).__name__}; pack the model first"
+        if isinstance(module, nn.Linear | nn.Embedding) and module.weight.dtype not in DENSE_TYPES:
+            return f"{name} is in {module.weight.dtype}, not one of {', '.join(map(str, DENSE_TYPES))}"
     return None
 
 
@@ -52,9 +54,9 @@ class NativeLlama:
 
     slots: how many sequences it holds at a time; positions: tokens a slot has room for (default: all that the model
     has; memory is taken as they are used). head_bits keeps the output head and the embedding in 8 bits, or in bfloat16
-    (16); by default they stay as they are, since it changes the numbers. threads: of every call; None as
-    `bitbell.kernels.native.threads()`. The weights are those of the time of construction. Raises ValueError for a model
-    that it cannot run, saying why.
+    (16); by default they stay as they are, since it changes the numbers (a packed head always does). threads: of every
+    call; None as `bitbell.kernels.native.threads()`. Weights are partly copied and partly read where the model keeps
+    them: do not change them meanwhile. Raises ValueError for a model that it cannot run, saying why.
     """
 
     def __init__(
@@ -104,7 +106,9 @@ class NativeLlama:
         return logits
 
     def prefill(self, tokens: Sequence[int], slot: int = 0) -> Tensor:
-        """Start a slot anew with a prompt; logits (vocabulary,) of what follows."""
+        """Start a slot anew with a prompt; logits (vocabulary,) of what follows. Raises ValueError for no tokens."""
+        if not len(tokens):
+            raise ValueError("the prompt must have at least 1 token, got 0")
         return self.forward(tokens, [slot] * len(tokens), range(len(tokens)))[0]
 
     def decode(self, token: int, slot: int = 0) -> Tensor:
@@ -133,12 +137,13 @@ class NativeLlama:
         """Tokens that follow a prompt, until `end_token` (returned too) or `max_new_tokens`; temperature 0 is greedy.
 
         allowed: choose among the first so many tokens. keep: the prompt goes on from what the slot holds, instead of
-        anew. on_token sees each new token; returning False stops.
+        anew; the last token returned is not there yet. on_token sees each new token; returning False stops. Raises
+        RuntimeError where logits hold NaN, and ValueError for settings out of range.
         """
         if not keep:
             self._llama.reset(slot)
         ends = [] if end_token is None else [end_token]
-        sampling = temperature, top_k or 0, 1.0 if top_p is None else top_p, allowed or 0, seed
+        sampling = temperature, top_k or 0, 1.0 if top_p is None else top_p, allowed or 0, seed % 2**64
         run: tuple[Any, ...] = list(prompt), max_new_tokens, ends, slot, *sampling, on_token, self._threads()
         tokens, _ = self._llama.generate(*run)
         return list(tokens)
@@ -157,17 +162,21 @@ class NativeLlama:
     ) -> list[list[int]]:
         """`generate` for several prompts with all slots busy: whenever a sequence ends, the next prompt takes its slot.
 
-        Each sequence's text depends on its own prompt and place in the list only, not on who shares its steps.
+        Each sequence's text depends on its own prompt and place in the list only, not on who shares its steps; that at
+        place n is `generate`'s with seed + n. Raises as `generate` does.
         """
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        room = self.positions - max_new_tokens + 1  # the last new token is not fed back
         for prompt in prompts:
-            if not prompt or len(prompt) + max_new_tokens > self.positions:
+            if not 1 <= len(prompt) <= room:
                 raise ValueError(
-                    f"every prompt must have 1 to {self.positions - max_new_tokens} tokens for max_new_tokens="
-                    f"{max_new_tokens} in {self.positions} positions, got one of {len(prompt)}"
+                    f"every prompt must have 1 to {room} tokens for max_new_tokens={max_new_tokens} in "
+                    f"{self.positions} positions, got one of {len(prompt)}"
                 )
         sampling = temperature, top_k or 0, 1.0 if top_p is None else top_p, allowed or 0
         results: list[list[int]] = [[] for _ in prompts]
-        states = [seed + place for place in range(len(prompts))]
+        states = [(seed + place) % 2**64 for place in range(len(prompts))]
         waiting, running = list(range(len(prompts)))[::-1], dict[int, int]()
         while waiting or running:
             rows: list[tuple[int, int, int]] = []
@@ -182,6 +191,8 @@ class NativeLlama:
             for row, slot in enumerate(sorted(running)):
                 at = running[slot]
                 token, states[at] = native.extension.sample(logits[row], *sampling, states[at])
+                if token < 0:
+                    raise RuntimeError(f"logits hold NaN or infinity after {self.length(slot)} tokens of prompt {at}")
                 results[at].append(token)
                 if token == end_token or len(results[at]) == max_new_tokens:
                     del running[slot]
@@ -230,7 +241,9 @@ class _Parts:
         }
 
     def _head(self, head: nn.Linear, bits: int | None) -> dict[str, Any]:
-        return self._eight_bit_head(head) if bits == 8 else self._linear(head, torch.bfloat16 if bits == 16 else None)
+        if bits == 8 and not isinstance(head, PackedLinear):
+            return self._eight_bit_head(head)
+        return self._linear(head, torch.bfloat16 if bits == 16 else None)
 
     def _linear(self, layer: Any, dtype: torch.dtype | None = None) -> dict[str, Any]:
         if isinstance(layer, PackedLinear):
@@ -252,7 +265,7 @@ class _Parts:
 
     def _eight_bit_head(self, head: nn.Linear) -> dict[str, Any]:
         quantizer = AbsMax(8, rows=head.out_features)
-        quantized = quantizer.quantize(head.weight)
+        quantized = quantizer.quantize(head.weight.detach().float())
         codes = (quantized.codes.to(torch.int16) + 128).to(torch.uint8)
         words = nn.functional.pad(codes, (0, -head.in_features % 4)).view(torch.int32)
         plan = input_plan(AbsMax(8))
