@@ -29,20 +29,14 @@ def bench(
         prompt_tokens: Length of the prompt (prefill).
         new_tokens: Tokens made after it (decode).
         rounds: Repetitions; medians are shown.
-        threads: Threads of the C++ step; by default as many as torch uses.
+        threads: Threads of the C++ kernels and of torch; by default as many as torch takes.
         head_bits: Keep the output head and the embedding in 8 bits, or bfloat16 (16); native only.
         native: The C++ step (True) or the model's modules (False); by default C++ where it can run the model.
         as_json: Print every number as JSON.
     """
-    import torch
-
     from bitbell.cli.commands import open_model
-    from bitbell.kernels import native as kernels
     from bitbell.serving import bench as run
 
-    if threads is not None:
-        kernels.set_threads(threads)
-        torch.set_num_threads(threads)
     loaded, _ = open_model(model)
     sizes = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "rounds": rounds}
     result = run(loaded, **sizes, threads=threads, head_bits=head_bits, native_step=native)

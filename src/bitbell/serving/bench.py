@@ -7,7 +7,8 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -84,7 +85,8 @@ def bench(
     native_step: bool | None = None,
 ) -> Bench:
     """Measure a causal language model, with random tokens. native_step: True or False forces the C++ step or the
-    model's modules; None takes the C++ step where it can run the model.
+    model's modules; None takes the C++ step where it can run the model. threads: of C++ and of torch; None leaves them
+    as they are.
 
     Raises ValueError for counts below 1, for more tokens than the model has positions, and where the C++ step is asked
     for and impossible.
@@ -101,16 +103,23 @@ def bench(
     why_not = "native_step=False" if native_step is False else why_not_native(inner)
     if why_not is not None and (native_step or head_bits is not None):
         raise ValueError(f"the native step (head_bits={head_bits}) is not possible: {why_not}")
-    threads = native.threads() if threads is None else threads
+    with _using_threads(threads):
+        return _measure(inner, why_not, prompt_tokens, new_tokens, rounds, head_bits)
+
+
+def _measure(
+    inner: Any, why_not: str | None, prompt_tokens: int, new_tokens: int, rounds: int, head_bits: int | None
+) -> Bench:
     vocabulary = int(inner.config.vocab_size)
     prompt = torch.randint(0, vocabulary, (prompt_tokens,), generator=torch.Generator().manual_seed(0)).tolist()
     if why_not is None:
-        engine = NativeLlama(inner, positions=prompt_tokens + new_tokens, head_bits=head_bits, threads=threads)
+        engine = NativeLlama(inner, positions=prompt_tokens + new_tokens, head_bits=head_bits)
         name, weight_bytes = f"C++ step, {native.level()} kernels", engine.weight_bytes
         times = _time_native(engine, prompt, new_tokens, rounds)
     else:
         name, weight_bytes = f"modules in PyTorch ({why_not})", _weight_bytes(inner)
         times = _time_modules(inner, prompt, new_tokens, rounds)
+    threads = native.threads()
     prefill, decode = zip(*times, strict=True)
     return Bench(
         engine=name,
@@ -121,11 +130,26 @@ def bench(
         decode_tokens_per_second=new_tokens / statistics.median(decode),
         spread=(max(decode) - min(decode)) / statistics.median(decode),
         weight_bytes=weight_bytes,
-        cache_bytes_per_token=_cache_bytes(inner.config),
+        cache_bytes_per_token=_cache_bytes(inner.config, 4 if why_not is None else inner.dtype.itemsize),
         peak_bytes=_peak_bytes(),
         stream_bytes_per_second=_stream_rate(weight_bytes, threads),
         layers=layer_speeds(inner, rounds),
     )
+
+
+@contextmanager
+def _using_threads(count: int | None) -> Iterator[None]:
+    """So many threads in C++ and in torch inside a `with`; None: as they are."""
+    before, of_torch = native.threads(), torch.get_num_threads()
+    if count is not None:
+        native.set_threads(count)
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        if count is not None:
+            torch.set_num_threads(of_torch)
+            native.set_threads(None if before == of_torch else before)
 
 
 def _time_native(engine: NativeLlama, prompt: list[int], new_tokens: int, rounds: int) -> list[tuple[float, float]]:
@@ -199,8 +223,8 @@ def _stream_rate(weight_bytes: int, threads: int) -> float | None:
 
 
 def _weight_bytes(model: Any) -> int:
-    """Of the weights that each token reads: all but the embedding, of which it reads a row."""
-    embedding = {id(t) for t in model.get_input_embeddings().parameters()}
+    """Of the weights that each token reads: all but those of embeddings, of which it reads a row."""
+    embedding = {id(t) for m in model.modules() if isinstance(m, nn.Embedding) for t in m.parameters()}
     head = model.get_output_embeddings()
     tensors = [*model.parameters(), *model.buffers()]
     total = sum(t.numel() * t.element_size() for t in tensors if id(t) not in embedding)
@@ -208,10 +232,10 @@ def _weight_bytes(model: Any) -> int:
     return total + (head.weight.numel() * head.weight.element_size() if tied else 0)
 
 
-def _cache_bytes(config: Any) -> int:
+def _cache_bytes(config: Any, itemsize: int) -> int:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(2 * config.num_hidden_layers * heads * size * 4)
+    return int(2 * config.num_hidden_layers * heads * size * itemsize)
 
 
 def _peak_bytes() -> int:
