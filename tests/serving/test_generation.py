@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from torch import nn
 import bitbell
 from bitbell.data import TextTokenizer
 from bitbell.evaluation import logits_of
-from bitbell.serving import Generation, generate, load_tokenizer_of
+from bitbell.kernels import native
+from bitbell.serving import Generation, NativeLlama, generate, load_tokenizer_of
 
 MakeLlama = Callable[..., Any]
 
@@ -51,9 +53,9 @@ def test_greedy_text_is_that_of_full_forward_passes(
 
 def test_trained_and_packed_models_say_the_same(make_llama: MakeLlama, tokenizer: TextTokenizer) -> None:
     model = make_llama("bbq-w2a2")
-    for temperature, native in ((0.0, None), (0.0, False), (1.0, False)):
+    for temperature, step in ((0.0, None), (0.0, False), (1.0, False)):
         texts = [
-            generate(m, tokenizer, "In", max_new_tokens=30, temperature=temperature, native=native).text
+            generate(m, tokenizer, "In", max_new_tokens=30, temperature=temperature, native=step).text
             for m in (model, bitbell.pack(model))
         ]
         assert texts[0] == texts[1]
@@ -208,3 +210,88 @@ def test_the_tokenizer_of_a_packed_directory_is_found(packed: Any, small_data: P
 def test_a_directory_without_a_tokenizer_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has no tokenizer.json, so text cannot be turned into its tokens"):
         load_tokenizer_of(tmp_path)
+
+
+# The C++ step, or the modules ----------------------------------------------------------------------------------------
+
+with_kernels = pytest.mark.skipif(native.extension is None, reason="installed without the C++ extension")
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """With what each C++ step was made; the modules make none."""
+    made: list[dict[str, Any]] = []
+
+    class Noted(NativeLlama):
+        def __init__(self, model: nn.Module, **options: Any) -> None:
+            made.append(options)
+            super().__init__(model, **options)
+
+    monkeypatch.setattr(import_module("bitbell.serving.generate"), "NativeLlama", Noted)
+    return made
+
+
+@with_kernels
+def test_greedy_text_is_the_same_by_the_step_and_by_the_modules(
+    packed: Any, tokenizer: TextTokenizer, steps: list[dict[str, Any]]
+) -> None:
+    with native.using("auto"):
+        by_modules = generate(packed, tokenizer, "In", max_new_tokens=30, temperature=0, native=False)
+        assert steps == []
+        for choice in (None, True):
+            result = generate(packed, tokenizer, "In", max_new_tokens=30, temperature=0, native=choice)
+            assert (result.text, result.tokens) == (by_modules.text, by_modules.tokens)
+        assert len(steps) == 2
+
+
+@with_kernels
+def test_what_the_step_cannot_run_goes_by_the_modules(
+    make_llama: MakeLlama, gpt: Any, packed: Any, tokenizer: TextTokenizer, steps: list[dict[str, Any]]
+) -> None:
+    for model in (make_llama("bbq-w2a2"), gpt):
+        assert generate(model, tokenizer, "In", max_new_tokens=3).tokens >= 1
+        assert generate(model, tokenizer, "In", max_new_tokens=3, native=False).tokens >= 1
+    with native.using(native.REFERENCE):
+        assert generate(packed, tokenizer, "In", max_new_tokens=3).tokens >= 1
+    assert steps == []
+
+
+@with_kernels
+def test_head_bits_and_threads_reach_the_step(
+    packed: Any, tokenizer: TextTokenizer, steps: list[dict[str, Any]]
+) -> None:
+    with native.using("auto"):
+        texts = [
+            generate(packed, tokenizer, "In", max_new_tokens=20, temperature=0, head_bits=bits, threads=threads).text
+            for bits, threads in ((None, 1), (None, 2), (8, None), (16, None))
+        ]
+        assert texts[0] == texts[1]
+        assert [(step["head_bits"], step["threads"]) for step in steps] == [(None, 1), (None, 2), (8, None), (16, None)]
+        for native_step in (None, True):
+            with pytest.raises(ValueError, match="head_bits must be 8, 16, or None for the head as it is, got 4"):
+                generate(packed, tokenizer, "In", max_new_tokens=2, native=native_step, head_bits=4)
+        with pytest.raises(ValueError, match="threads = 0, must be 1 to 256"):
+            generate(packed, tokenizer, "In", max_new_tokens=2, threads=0)
+
+
+@with_kernels
+def test_the_step_is_not_quietly_replaced_by_the_modules(
+    make_llama: MakeLlama, gpt: Any, packed: Any, tokenizer: TextTokenizer
+) -> None:
+    def refused(model: Any, reason: str, **how: Any) -> None:
+        with pytest.raises(ValueError, match=r"native generation .* is not possible: ") as caught:
+            generate(model, tokenizer, "In", max_new_tokens=3, **how)
+        assert reason in str(caught.value)
+
+    refused(gpt, "this is a GPT2LMHeadModel", native=True)
+    refused(gpt, "this is a GPT2LMHeadModel", head_bits=8)
+    refused(make_llama("bbq-w2a2"), "is a QuantLinear; pack the model first", native=True)
+    refused(packed, "native=False", native=False, head_bits=8)
+    with native.using(native.REFERENCE):
+        refused(packed, "no C++ kernels are in use", native=True)
+
+
+@pytest.mark.parametrize("step", [None, False])
+def test_a_seed_may_be_negative(packed: Any, tokenizer: TextTokenizer, step: bool | None) -> None:
+    texts = [generate(packed, tokenizer, "In", max_new_tokens=20, seed=seed, native=step).text for seed in (-3, -3, 3)]
+    assert texts[0] == texts[1] != texts[2]
