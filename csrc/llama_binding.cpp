@@ -13,6 +13,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <thread>
 
 #include "bindings.hpp"
 #include "levels.hpp"
@@ -136,7 +137,7 @@ class BoundLlama {
   void forward(const Integers& tokens, const Integers& slots, const Integers& positions, const Matrix& logits,
                const std::optional<std::vector<bool>>& want, int threads) {
     nb::gil_scoped_release others_run;
-    std::lock_guard<std::mutex> lock(mutex_);
+    const Turn turn(*this);
     const size_t rows = tokens.size();
     require_shape(slots.size() == rows && positions.size() == rows && (!want || want->size() == rows),
                   "tokens, slots, positions and want must be of one length, got " + std::to_string(rows) + ", " +
@@ -163,7 +164,7 @@ class BoundLlama {
     Integers out;
     {
       nb::gil_scoped_release others_run;
-      std::lock_guard<std::mutex> lock(mutex_);
+      const Turn turn(*this);
       cancelled_ = false;
       out.resize(std::clamp<int64_t>(max_new_tokens, 0, llama_.positions()));
       const int64_t made = llama_.generate(
@@ -177,12 +178,12 @@ class BoundLlama {
   void cancel() { cancelled_ = true; }
   void rewind(int64_t slot, int64_t length) {
     nb::gil_scoped_release others_run;
-    std::lock_guard<std::mutex> lock(mutex_);
+    const Turn turn(*this);
     llama_.rewind(slot, length);
   }
   int64_t length(int64_t slot) {
     nb::gil_scoped_release others_run;
-    std::lock_guard<std::mutex> lock(mutex_);
+    const Turn turn(*this);
     return llama_.length(slot);
   }
   int64_t slots() const { return llama_.slots(); }
@@ -196,10 +197,28 @@ class BoundLlama {
     return std::unique(values.begin(), values.end()) - values.begin();
   }
 
+  // Calls of several threads wait for each other. One from inside another, as on_token can make, would wait for itself.
+  class Turn {
+   public:
+    explicit Turn(BoundLlama& llama) : llama_(llama) {
+      if (llama_.caller_ == std::this_thread::get_id()) throw std::runtime_error("on_token called the Llama that called it");
+      llama_.mutex_.lock();
+      llama_.caller_ = std::this_thread::get_id();
+    }
+    ~Turn() {
+      llama_.caller_ = std::thread::id();
+      llama_.mutex_.unlock();
+    }
+
+   private:
+    BoundLlama& llama_;
+  };
+
   Plans plans_;
   const Kernels& kernels_;
   Llama llama_;
   std::mutex mutex_;
+  std::atomic<std::thread::id> caller_{};  // whose turn it is
   std::atomic<bool> cancelled_{false};
 };
 

@@ -372,6 +372,24 @@ def test_an_error_in_on_token_comes_out_and_does_no_harm(plain: Any) -> None:
     assert engine.generate([1, 2, 3], 5) == text
 
 
+def test_on_token_may_not_call_the_model_that_called_it(plain: Any) -> None:
+    engine, other = NativeLlama(plain), NativeLlama(plain)
+    calls: list[Callable[[int], Any]] = [
+        lambda token: engine.length(),
+        engine.decode,
+        lambda token: engine.prefill([1]),
+    ]
+    for call in calls:
+        with pytest.raises(RuntimeError, match="on_token called the Llama that called it"):
+            engine.generate([1, 2, 3], 5, on_token=call)
+    with ThreadPoolExecutor(1) as pool:  # others wait, until it has ended
+        waiting = list[Any]()
+        text = engine.generate([1, 2, 3], 5, on_token=lambda token: waiting.append(pool.submit(engine.length)))
+        assert [future.result() for future in waiting] == [7] * 5
+    assert engine.generate([1, 2, 3], 5, on_token=lambda token: other.prefill([token])) is not None
+    assert engine.generate([1, 2, 3], 5) == text
+
+
 @pytest.mark.parametrize("prompt", [1, 8000])
 def test_ctrl_c_stops(make_llama: MakeLlama, prompt: int) -> None:
     """While it makes tokens, and while it reads a long prompt."""

@@ -137,8 +137,8 @@ class NativeLlama:
         """Tokens that follow a prompt, until `end_token` (returned too) or `max_new_tokens`; temperature 0 is greedy.
 
         allowed: choose among the first so many tokens. keep: the prompt goes on from what the slot holds, instead of
-        anew; the last token returned is not there yet. on_token sees each new token; returning False stops. Raises
-        RuntimeError where logits hold NaN, and ValueError for settings out of range.
+        anew; the last token returned is not there yet. on_token sees each new token; returning False stops; it must
+        not call this model. Raises RuntimeError where logits hold NaN, and ValueError for settings out of range.
         """
         if not keep:
             self._llama.reset(slot)
