@@ -11,6 +11,7 @@ import pytest
 
 from bitbell.cli.configuration import take_config_file
 from bitbell.cli.main import main
+from bitbell.kernels import native
 from bitbell.models.presets import PRESETS, Preset
 
 MICRO = Preset(layers=1, width=64, heads=2, feed_forward=128, learning_rate=4e-3, tokens=1e4, vocabulary=300)
@@ -159,6 +160,8 @@ def test_info_says_which_path_each_kernel_takes(capsys: pytest.CaptureFixture[st
     shown = capsys.readouterr().out
     assert "integer_product" in shown
     assert "torch" in shown
+    assert "packed layers" in shown
+    assert native.reason() in shown
 
 
 def test_the_installed_command_starts() -> None:

@@ -13,6 +13,7 @@ from bitbell.kernels import (
     hadamard,
     integer_product,
     kernel_paths,
+    native,
     operators,
     pack_codes,
     packed_words,
@@ -403,6 +404,18 @@ def test_kernel_paths_names_a_path_for_every_registered_operator(monkeypatch: py
         paths = kernel_paths()
         assert set(paths) == {"packed layers", "integer_product", "pack_codes", "unpack_codes"}
         assert word in paths["integer_product"]
+
+
+def test_kernel_paths_says_the_level_the_threads_and_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    with native.using("reference"):
+        assert kernel_paths()["packed layers"].startswith("plain PyTorch: ")
+    if native.extension is not None:
+        with native.using("portable"):
+            assert kernel_paths()["packed layers"].startswith(f"C++ portable, threads {native.threads()}: ")
+    monkeypatch.setattr(native, "extension", None)
+    monkeypatch.setattr(native, "missing", "no compiler")
+    with native.using("auto"):
+        assert kernel_paths()["packed layers"] == "plain PyTorch: no compiler"
 
 
 @pytest.mark.parametrize("columns", [1, 2])

@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -20,9 +21,12 @@ try:
     from bitbell.kernels import _native as extension
 
     missing: str | None = None
-except ImportError as error:  # installed without a compiler: everything runs on the definitions in plain PyTorch
+except ImportError as error:  # everything runs on the definitions in plain PyTorch
     extension = None  # type: ignore[assignment]
-    missing = f"bitbell was installed without its C++ extension ({error})"
+    if find_spec("bitbell.kernels._native") is None:
+        missing = "bitbell was installed without a C++ compiler that builds its kernels (see docs/cpu.md)"
+    else:
+        missing = f"bitbell's C++ kernels cannot be loaded: {error}"
 
 REFERENCE = "reference"
 VARIABLE = "BITBELL_KERNELS"

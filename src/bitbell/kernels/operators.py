@@ -233,9 +233,9 @@ def kernel_paths() -> dict[str, str]:
         product = "torch int8 (the CPU has AVX-512 VNNI)"
     else:
         product = "exact float32 blocks (the CPU has no AVX-512 VNNI, where torch's int8 product is slow)"
-    packed = f"C++ {native.level()}: {native.reason()}" if native.available() else f"plain PyTorch: {native.reason()}"
+    where = f"C++ {native.level()}, threads {native.threads()}" if native.available() else "plain PyTorch"
     return {
-        "packed layers": packed,
+        "packed layers": f"{where}: {native.reason()}",
         "integer_product": product,
         "pack_codes": "plain PyTorch",
         "unpack_codes": "plain PyTorch",
