@@ -100,7 +100,7 @@ class NativeLlama:
         Rows of a slot go on from at most its length. want: which rows' logits; None: the last row of each slot.
         """
         count = len(set(slots)) if want is None else sum(map(bool, want))
-        logits = torch.empty(count, self.vocabulary)
+        logits = torch.empty(count, self.vocabulary, **native.FLOATS)
         rows = list(tokens), list(slots), list(positions), logits.numpy()
         self._llama.forward(*rows, None if want is None else list(want), self._threads())
         return logits
@@ -220,8 +220,8 @@ class _Parts:
 
     def _config(self, model: Any, head_bits: int | None) -> dict[str, Any]:
         config, attention = model.config, model.model.layers[0].self_attn
-        positions = torch.arange(config.max_position_embeddings)[None]
-        cosines, sines = model.model.rotary_emb(torch.zeros(1), positions)  # both halves are the same
+        positions = torch.arange(config.max_position_embeddings, device="cpu")[None]
+        cosines, sines = model.model.rotary_emb(torch.zeros(1, **native.FLOATS), positions)  # both halves are the same
         half = attention.head_dim // 2
         return {
             "width": config.hidden_size,
