@@ -30,6 +30,7 @@ except ImportError as error:  # everything runs on the definitions in plain PyTo
 
 REFERENCE = "reference"
 VARIABLE = "BITBELL_KERNELS"
+MOST_THREADS = 256
 STATISTICS = ("none", "rms", "absmax", "absmean")
 # Of what the extension fills: whatever torch.set_default_dtype and torch.device say.
 FLOATS: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
@@ -146,14 +147,14 @@ def reason() -> str:
 def set_threads(count: int | None) -> None:
     """Threads of every call; None: as many as torch has at that time. Raises ValueError for less than 1."""
     global _threads
-    if count is not None and not 1 <= count <= 256:
-        raise ValueError(f"threads must be 1 to 256, or None, got {count}")
+    if count is not None and not 1 <= count <= MOST_THREADS:
+        raise ValueError(f"threads must be 1 to {MOST_THREADS}, or None, got {count}")
     _threads = count
 
 
 def threads() -> int:
     """How many threads a call uses."""
-    return torch.get_num_threads() if _threads is None else _threads
+    return min(torch.get_num_threads(), MOST_THREADS) if _threads is None else _threads
 
 
 def stream_rate(megabytes: int = 64, threads: int = 1, passes: int = 8) -> float:
