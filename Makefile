@@ -59,8 +59,9 @@ check-arm:
 	cmake -S csrc -B build/check-arm -DBITBELL_CHECK=ON -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
 	  -DCMAKE_CXX_COMPILER=$(ARM_CXX) -DCMAKE_EXE_LINKER_FLAGS=-static
 	cmake --build build/check-arm
-	build/check/portable_check | tee build/check/results
-	$(ARM_RUN) build/check-arm/portable_check | tee build/check-arm/results
+	build/check/portable_check > build/check/results || { cat build/check/results; exit 1; }
+	$(ARM_RUN) build/check-arm/portable_check > build/check-arm/results || { cat build/check-arm/results; exit 1; }
+	cat build/check/results build/check-arm/results
 	test "$$(grep checksum build/check/results)" = "$$(grep checksum build/check-arm/results)"
 
 clean:
