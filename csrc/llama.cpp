@@ -266,6 +266,7 @@ void Llama::forward(const Kernels& kernels, const int64_t* tokens, int64_t rows,
                     const bool* want_logits, float* logits, int threads) {
   require(rows >= 0, "rows", rows, "0 or more");
   check(tokens, rows, slot, position);
+  const Eager eager;
   reserve(threads);
   for (int64_t begin = 0; begin < rows; begin += kChunkRows) {
     const int64_t count = std::min(kChunkRows, rows - begin);

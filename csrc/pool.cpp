@@ -12,7 +12,10 @@
 namespace bitbell {
 namespace {
 
-constexpr int kSpins = 4000;  // some tens of microseconds: longer than the gap between two layers
+constexpr int kSpins = 200, kEagerSpins = 4000;  // some microseconds; longer than the gap between two layers
+std::atomic<int> eager{0};
+
+int patience() { return eager.load(std::memory_order_relaxed) > 0 ? kEagerSpins : kSpins; }
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -53,7 +56,7 @@ class Worker {
   void loop() {
     for (;;) {
       Region* region = nullptr;
-      for (int i = 0; i < kSpins && !(region = work_.load(std::memory_order_acquire)); i++) relax();
+      for (int i = 0; i < patience() && !(region = work_.load(std::memory_order_acquire)); i++) relax();
       if (!region) {
         std::unique_lock<std::mutex> lock(mutex_);
         asleep_.store(true, std::memory_order_seq_cst);
@@ -90,6 +93,9 @@ void make_pool() {
 
 }  // namespace
 
+Eager::Eager() { eager.fetch_add(1, std::memory_order_relaxed); }
+Eager::~Eager() { eager.fetch_sub(1, std::memory_order_relaxed); }
+
 void parallel(int threads, int64_t count, int64_t grain, Task task, void* context) {
   if (count <= 0) return;
   const int64_t blocks = (count + grain - 1) / grain;
@@ -105,7 +111,7 @@ void parallel(int threads, int64_t count, int64_t grain, Task task, void* contex
       for (int i = 0; i < threads - 1; i++) pool->workers[static_cast<size_t>(i)]->post(&region);
       region.run(0);
       for (int spins = 0; region.left.load(std::memory_order_acquire) > 0; spins++) {
-        if (spins < kSpins) relax();
+        if (spins < kEagerSpins) relax();
         else std::this_thread::yield();
       }
       return;

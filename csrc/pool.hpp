@@ -1,4 +1,4 @@
-// A pool of threads that wait by spinning a little, then sleep. One parallel region at a time; a second caller, from
+// A pool of threads that wait by spinning, then sleep. One parallel region at a time; a second caller, from
 // another thread or from inside a region, runs its work alone instead of waiting.
 #pragma once
 #include <cstdint>
@@ -19,6 +19,15 @@ void parallel_for(int threads, int64_t count, int64_t grain, F&& body) {
       [](void* context, int64_t begin, int64_t end, int thread) { (*static_cast<Body*>(context))(begin, end, thread); },
       const_cast<void*>(static_cast<const void*>(&body)));
 }
+
+// While one of these lives, threads spin long between regions: for a step that follows itself at once. Otherwise they spin
+// only some microseconds, since whoever calls a single region has threads of its own that want the cores in between.
+struct Eager {
+  Eager();
+  ~Eager();
+  Eager(const Eager&) = delete;
+  Eager& operator=(const Eager&) = delete;
+};
 
 constexpr int kMaxThreads = 256;
 
