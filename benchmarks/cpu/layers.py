@@ -104,14 +104,11 @@ class BitbellKernels(Bitbell):
         if layers[0] is None or layers[0].plan is None:
             raise ValueError(f"the native kernels have no integer product for {self.recipe}")
         outputs = [torch.empty(rows, len(weight)) for _ in layers]
-        codes = torch.empty(rows * (native.extension.padded_k(weight.shape[1]) + 64) + 64, dtype=torch.int8)
-        step, sums = torch.empty(rows), torch.empty(rows, dtype=torch.int32)
         level = native.level()
 
         def run(x: Tensor) -> list[Tensor]:
-            scratch = codes.data_ptr(), step.data_ptr(), sums.data_ptr()
             for layer, y in zip(layers, outputs, strict=True):
-                layer.layer.forward(level, x.data_ptr(), rows, y.data_ptr(), *scratch, threads)
+                layer.layer.forward(level, x.data_ptr(), rows, y.data_ptr(), threads)
             return outputs
 
         return run
