@@ -51,6 +51,7 @@ inline Weights weights_from(nanobind::dict from) {
   require_entry(w.data && reinterpret_cast<uintptr_t>(w.data) % 64 == 0, "data", reinterpret_cast<intptr_t>(w.data),
                 "the address of 64-byte aligned panels");
   require_entry(w.sums, "sums", 0, "an address");
+  require_entry(!w.table || w.bits <= 4, "bits", w.bits, "1 to 4 with a table");
   require_entry(w.scale, "scale", 0, "an address");
   return w;
 }

@@ -69,13 +69,14 @@ struct Kernels {
   const char* name;
   // Codes of one row of k floats (k: as given, not padded). scratch: padded_k(k) floats. Fills codes up to padded_k(k).
   void (*quantize)(const InputPlan& plan, const float* x, int64_t k, int8_t* codes, float* step, int32_t* sum, float* scratch);
-  // x rearranged for `vector`: `prepared` has 2 * k bytes. Depends on the weights' and the inputs' bits only.
+  // x rearranged for `vector`: `prepared` has k bytes. Depends on the weights' and the inputs' bits only.
   void (*prepare)(const int8_t* x, int64_t k, int bits, int x_bits, int8_t* prepared);
   // acc[64] = codes of the panel times one prepared row.
   void (*vector)(const uint8_t* panel, int bits, int64_t k, const int8_t* prepared, int x_bits, int32_t* acc);
   // acc[m][64] = codes of the panel times m rows of codes. scratch: kMatrixScratch bytes, 64-byte aligned.
   void (*matrix)(const uint8_t* panel, int bits, int64_t k, const int8_t* x, int64_t stride, int64_t m, int32_t* acc, uint8_t* scratch);
-  // acc[m][64] = levels of the panel times m <= kFloatRows rows of floats (zero beyond the true k). levels: 2**bits.
+  // acc[m][64] = levels of the panel times m <= kFloatRows rows of floats (zero beyond the true k).
+  // levels: 256, repeated every 2**bits; of bytes only the first is read, the others follow it by ones.
   void (*floats)(const uint8_t* panel, int bits, int64_t k, const float* x, int64_t stride, int64_t m, const float* levels, float* acc);
   // y[n] = outputs of the first `count` accumulators of a panel, for one input row; `row` is the panel's first row.
   void (*finish)(const Weights& w, const InputPlan& plan, const int32_t* acc, int64_t row, int64_t count, float step, int32_t sum, float* y);

@@ -313,9 +313,9 @@ void add_scaled(float* y, const float* x, float factor, int64_t n) {
   for (int64_t i = 0; i < n; i++) y[i] += factor * x[i];
 }
 
-// exp by 2**n * exp(r), |r| <= ln(2) / 2, and a polynomial; about 2 ulp. Below -87.3 it gives the smallest normal number.
-INLINE F16 exponential(F16 x) {
-  x = smaller(larger(x, all(-87.3f)), all(88.7f));
+// exp by 2**n * exp(r), |r| <= ln(2) / 2, and a polynomial; about 2 ulp. 0 below -87, NaN of NaN.
+INLINE F16 exponential(F16 given) {
+  F16 x = smaller(larger(given, all(-87.3f)), all(88.7f));
   const F16 magic = all(12582912.0f), n = (x * 1.44269504f + magic) - magic;
   const F16 r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
   F16 p = all(1.0f / 5040);
@@ -328,7 +328,7 @@ INLINE F16 exponential(F16 x) {
   p = p * r + 1.0f;
   // n is at most 128, which has no exponent of its own: multiply by 2**(n - 1), then by 2.
   const I16 exponent = (__builtin_convertvector(n, I16) + 126) << 23;
-  return p * as_floats(exponent) * 2.0f;
+  return select(given == given, p * as_floats(exponent) * 2.0f, given);
 }
 
 void silu_times(const float* gate, const float* up, float* y, int64_t n) {

@@ -509,6 +509,7 @@ int64_t Llama::generate(const Kernels& kernels, const int64_t* prompt, int64_t c
   require(max_new_tokens <= room, "max_new_tokens", max_new_tokens,
           "at most " + std::to_string(room) + ", the room that the prompt leaves in slot " + std::to_string(slot));
   check_sampling(how, config_.vocabulary);
+  const Eager eager;  // between tokens too
   for (int64_t i = 0; i < count; ++i) {
     require(prompt[i] >= 0 && prompt[i] < config_.vocabulary, "tokens", prompt[i], below(config_.vocabulary));
   }

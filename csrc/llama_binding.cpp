@@ -242,7 +242,7 @@ void bind_llama(nb::module_& m) {
                          "name by address: keep the tensors alive. Layers that name the same plan dict share their codes.")
       .def(nb::init<const nb::dict&, const std::vector<nb::dict>&, int64_t, int64_t, const std::string&>(), "config"_a,
            "blocks"_a, "slots"_a, "positions"_a, "level"_a = "auto")
-      .def("forward", &BoundLlama::forward, "tokens"_a, "slots"_a, "positions"_a, "logits"_a, "want"_a = nb::none(),
+      .def("forward", &BoundLlama::forward, "tokens"_a, "slots"_a, "positions"_a, nb::arg("logits").noconvert(), "want"_a = nb::none(),
            "threads"_a = 1,
            "Write the logits of the wanted rows (None: the last of each slot) to `logits`, float32 (wanted, vocabulary). "
            "A slot's positions go on from at most its length.")

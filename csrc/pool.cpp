@@ -6,13 +6,14 @@
 #include <condition_variable>
 #include <memory>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
 namespace bitbell {
 namespace {
 
-constexpr int kSpins = 200, kEagerSpins = 4000;  // some microseconds; longer than the gap between two layers
+constexpr int kSpins = 200, kEagerSpins = 4000;  // some microseconds; some tens, longer than a gap within a step
 std::atomic<int> eager{0};
 
 int patience() { return eager.load(std::memory_order_relaxed) > 0 ? kEagerSpins : kSpins; }
@@ -32,7 +33,8 @@ struct Region {
   int threads;
   std::atomic<int> left;
 
-  void run(int thread) {
+  // noexcept: a task that fails on the caller must not unwind the region that workers still read.
+  void run(int thread) noexcept {
     const int64_t blocks = (count + grain - 1) / grain;
     const int64_t begin = blocks * thread / threads * grain, end = blocks * (thread + 1) / threads * grain;
     if (begin < count && begin < end) task(context, begin, end < count ? end : count, thread);
@@ -80,7 +82,21 @@ class Worker {
 struct Pool {
   std::mutex busy;
   std::vector<std::unique_ptr<Worker>> workers;
+
+  Pool() { workers.reserve(kMaxThreads); }
+
+  // As many workers as wanted, or as the system grants.
+  int grow(int wanted) {
+    try {
+      while (static_cast<int>(workers.size()) < wanted)
+        workers.push_back(std::make_unique<Worker>(static_cast<int>(workers.size()) + 1));
+    } catch (const std::system_error&) {
+    }
+    return static_cast<int>(workers.size()) < wanted ? static_cast<int>(workers.size()) : wanted;
+  }
 };
+
+thread_local bool inside = false;  // a region: what it calls runs alone
 
 // Never destroyed: its threads sleep until the process ends. A forked child has none of them and starts anew.
 Pool* pool = nullptr;
@@ -88,7 +104,10 @@ std::once_flag made;
 
 void make_pool() {
   pool = new Pool;
-  pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });
+  pthread_atfork(nullptr, nullptr, [] {
+    pool = new Pool;
+    eager = 0;
+  });
 }
 
 }  // namespace
@@ -101,19 +120,20 @@ void parallel(int threads, int64_t count, int64_t grain, Task task, void* contex
   const int64_t blocks = (count + grain - 1) / grain;
   if (threads > blocks) threads = static_cast<int>(blocks);
   if (threads > kMaxThreads) threads = kMaxThreads;
-  if (threads > 1) {
+  if (threads > 1 && !inside) {
     std::call_once(made, make_pool);
     std::unique_lock<std::mutex> lock(pool->busy, std::try_to_lock);
     if (lock) {
-      while (static_cast<int>(pool->workers.size()) < threads - 1)
-        pool->workers.push_back(std::make_unique<Worker>(static_cast<int>(pool->workers.size()) + 1));
+      threads = pool->grow(threads - 1) + 1;
       Region region{task, context, count, grain, threads, {threads - 1}};
+      inside = true;
       for (int i = 0; i < threads - 1; i++) pool->workers[static_cast<size_t>(i)]->post(&region);
       region.run(0);
       for (int spins = 0; region.left.load(std::memory_order_acquire) > 0; spins++) {
         if (spins < kEagerSpins) relax();
         else std::this_thread::yield();
       }
+      inside = false;
       return;
     }
   }

@@ -2,7 +2,7 @@
 
     python benchmarks/cpu/summary.py layers.json
 
-Decode and prefill, each regime, a column a shape: median of the ratio over rounds. Above 1 bitbell is faster.
+Decode and prefill, each regime, a column a shape: medians of the times, divided. Above 1 bitbell is faster.
 """
 
 from __future__ import annotations
@@ -33,13 +33,14 @@ def print_table(records: list[dict[str, Any]], ours: str) -> None:
     shapes = list(dict.fromkeys(tuple(r["shape"]) for r in records))
     print(f"| peer | ours | {' | '.join(f'{n}x{k}' for n, k in shapes)} |")
     print("|---|---|" + "---|" * len(shapes))
-    mine = [name for name in sorted(records[0]["ratio_to"]) if name.endswith("C++ call") == (ours == "C++ call")]
+    names = sorted({r["candidate"] for r in records if r["candidate"].startswith("bitbell")})
+    mine = [name for name in names if name.endswith("C++ call") == (ours == "C++ call")]
     peers = sorted({r["candidate"] for r in records if not r["candidate"].startswith("bitbell")})
     for peer in peers:
         bits = next((b for word, b in MATCHES.items() if word in peer), [1, 2, 3, 4])
         for name in mine:
             if any(f"w{b}a" in name for b in bits):
-                cells = [cell(records, shape, peer, lambda r, name=name: ratio(r, name)) for shape in shapes]
+                cells = [ratio(records, shape, peer, name) for shape in shapes]
                 print(f"| {peer} | {short(name)} | {' | '.join(cells)} |")
     for name in mine:
         cells = [
@@ -53,9 +54,9 @@ def cell(records: list[dict[str, Any]], shape: tuple[int, int], candidate: str, 
     return show(found[0]) if found else "-"
 
 
-def ratio(record: dict[str, Any], name: str) -> str:
-    spread = record["ratio_to"].get(name)
-    return "-" if spread is None else f"{spread['median']:.2f}"
+def ratio(records: list[dict[str, Any]], shape: tuple[int, int], peer: str, ours: str) -> str:
+    times = [cell(records, shape, name, lambda r: str(r["us"]["median"])) for name in (peer, ours)]
+    return "-" if "-" in times else f"{float(times[0]) / float(times[1]):.2f}"
 
 
 def short(name: str) -> str:

@@ -382,3 +382,18 @@ def test_compiled_layers_use_the_definitions(make_layer: MakeLayer, name: str, m
         patch.setattr(native.NativeLayer, "__call__", refuse)
         torch.testing.assert_close(compiled(x), expected, rtol=1e-6, atol=1e-6)
     assert torch.equal(packed(x), before)
+
+
+def test_what_traces_or_differentiates_through_functions_takes_the_definition() -> None:
+    """A C++ call leaves nothing in a trace, and no tangent."""
+    torch.manual_seed(0)
+    model, x = torch.nn.Sequential(torch.nn.Linear(64, 8)), torch.randn(3, 64)
+    bitbell.calibrate(bitbell.quantize(model, "bbq-w2a16"), x)
+    layer = bitbell.pack(model.eval()).model[0]
+    expected = layer(2 * x)
+    traced = torch.jit.trace(lambda a: layer(a), x, check_trace=False)
+    assert torch.allclose(traced(2 * x), expected, atol=1e-5)
+    assert torch.allclose(torch.func.vmap(layer)(2 * x), expected, atol=1e-5)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        assert torch.autograd.forward_ad.unpack_dual(layer(dual)).tangent is not None

@@ -36,10 +36,11 @@ STATISTICS = ("none", "rms", "absmax", "absmean")
 FLOATS: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 INTEGERS: dict[str, Any] = {"dtype": torch.int32, "device": "cpu"}
 _level: str | None = None
+_asked = "auto"
 _threads: int | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class InputPlan:
     """How rows of floats become codes; the quantizers' formulas in the few numbers that a kernel needs.
 
@@ -95,16 +96,16 @@ def level() -> str:
     """The level in use; "reference" where there is none."""
     global _level
     if _level is None:
-        set_level(os.environ.get(VARIABLE, "auto"))
+        set_level(os.environ.get(VARIABLE) or "auto")
     assert _level is not None
     return _level
 
 
 def set_level(name: str) -> None:
     """Use a level from now on, "auto" or "reference". Raises ValueError for one that is not there."""
-    global _level
+    global _level, _asked
     if name == REFERENCE or (name == "auto" and extension is None):
-        _level = REFERENCE
+        _level, _asked = REFERENCE, name
         return
     if extension is None:
         raise ValueError(f"{VARIABLE}={name!r}: {missing}; there is only {REFERENCE!r}")
@@ -113,19 +114,19 @@ def set_level(name: str) -> None:
         usable = ["auto", REFERENCE, *(n for n, why in names.items() if not why)]
         why = f" ({names[name]})" if name in names else ""
         raise ValueError(f"{VARIABLE} must be one of {', '.join(usable)} on this machine, got {name!r}{why}")
-    _level = extension.best_level() if name == "auto" else name
+    _level, _asked = extension.best_level() if name == "auto" else name, name
 
 
 @contextmanager
 def using(name: str) -> Iterator[None]:
     """Use a level inside a `with`."""
-    global _level
-    before = level()
+    global _level, _asked
+    before = level(), _asked
     set_level(name)
     try:
         yield
     finally:
-        _level = before
+        _level, _asked = before
 
 
 def available() -> bool:
@@ -135,11 +136,11 @@ def available() -> bool:
 
 def reason() -> str:
     """Why the level in use is the one in use, in words."""
-    asked = os.environ.get(VARIABLE)
+    in_use = level()
     if extension is None:
         return missing or ""
-    if asked and asked != "auto":
-        return f"{VARIABLE}={asked}"
+    if _asked != "auto":
+        return f"{VARIABLE}={in_use}" if os.environ.get(VARIABLE) == _asked else f"{in_use} was asked for"
     lacking = [f"{name}: {why}" for name, why in level_names().items() if why]
     return "the fastest that this machine runs" + (f" ({'; '.join(lacking)})" if lacking else "")
 
@@ -205,6 +206,7 @@ def product(codes: Tensor, arranged: Tensor, bits: int, outputs: int, x_bits: in
     """
     if codes.dtype != torch.int8 or codes.dim() != 2:
         raise ValueError(f"codes must be an int8 matrix, got {codes.dtype} of shape {tuple(codes.shape)}")
+    codes, arranged = _on_cpu("codes", codes, torch.int8), _on_cpu("arranged", arranged, torch.uint8)
     native, (rows, columns) = _loaded(), codes.shape
     if arranged.numel() != native.arranged_bytes(outputs, columns, bits):
         raise ValueError(f"arranged has {arranged.numel()} bytes, not those of ({outputs}, {columns}) at {bits} bits")

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from bitbell.kernels import integer_product, native, pack_codes, packed_words, rotate, unpack_codes
 from bitbell.layers import QuantizedLayer, Recipe, TrainedLayer
@@ -82,7 +83,14 @@ class PackedLinear(nn.Module, QuantizedLayer):
         return self._reference(x) if layer is None else layer(x)
 
     def _suits_native(self, x: Tensor) -> bool:
-        if torch.compiler.is_compiling() or not native.available() or type(x) is not Tensor or x.device.type != "cpu":
+        if (
+            torch.compiler.is_compiling()
+            or torch.jit.is_tracing()
+            or _is_transformed()
+            or not native.available()
+            or type(x) is not Tensor
+            or x.device.type != "cpu"
+        ):
             return False
         if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or (
             x.requires_grad and torch.is_grad_enabled()
@@ -175,6 +183,11 @@ class PackedLinear(nn.Module, QuantizedLayer):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, recipe={self.recipe.name}"
+
+
+def _is_transformed() -> bool:
+    """Whether torch.func (vmap, jvp, grad) or forward-mode differentiation is at work, which sees no C++ call."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 class _Snapshot:

@@ -132,7 +132,7 @@ def _measure(
         weight_bytes=weight_bytes,
         cache_bytes_per_token=_cache_bytes(inner.config, 4 if why_not is None else inner.dtype.itemsize),
         peak_bytes=_peak_bytes(),
-        stream_bytes_per_second=_stream_rate(weight_bytes, threads),
+        stream_bytes_per_second=_stream_rate(weight_bytes, threads) if next(inner.parameters()).is_cpu else None,
         layers=layer_speeds(inner, rounds),
     )
 
@@ -174,7 +174,9 @@ def _time_modules(model: Any, prompt: list[int], new_tokens: int, rounds: int) -
         for _ in range(rounds + 1):
             begun = time.perf_counter()
             out = model(torch.tensor([prompt], device=device), use_cache=True)
-            token, middle = out.logits[:, -1:].argmax(-1), time.perf_counter()
+            token = out.logits[:, -1:].argmax(-1)
+            token.cpu()  # waits for a GPU
+            middle = time.perf_counter()
             for _ in range(new_tokens):
                 out = model(token, past_key_values=out.past_key_values, use_cache=True)
                 token = out.logits[:, -1:].argmax(-1)
@@ -211,6 +213,8 @@ def _seconds(run: Callable[[], Any], rounds: int) -> list[float]:
     for _ in range(3 * rounds):
         begun = time.perf_counter()
         run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         times.append(time.perf_counter() - begun)
     return times
 

@@ -52,7 +52,8 @@ def generate(
     text.
 
     native: True runs the C++ step (`NativeLlama`; head_bits and threads are its), False the model's own modules; None
-    takes the C++ step where it can run the model. Greedy text is the same either way; a seed draws other text.
+    takes the C++ step where it can run the model. Greedy text is the same either way, but for ties; a seed draws other
+    text.
     The model runs in evaluation mode, whatever mode it is in. Raises ValueError for an empty prompt, for settings out
     of range, for more tokens than the model has positions, and for a vocabulary smaller than the tokenizer's.
     """

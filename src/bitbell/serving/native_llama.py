@@ -54,9 +54,10 @@ class NativeLlama:
 
     slots: how many sequences it holds at a time; positions: tokens a slot has room for (default: all that the model
     has; memory is taken as they are used). head_bits keeps the output head and the embedding in 8 bits, or in bfloat16
-    (16); by default they stay as they are, since it changes the numbers (a packed head always does). threads: of every
-    call; None as `bitbell.kernels.native.threads()`. Weights are partly copied and partly read where the model keeps
-    them: do not change them meanwhile. Raises ValueError for a model that it cannot run, saying why.
+    (16); by default they stay as they are, since it changes the numbers (8 bits also round what the head is fed; a
+    packed head stays packed). threads: of every call; None as `bitbell.kernels.native.threads()`. Weights are partly
+    copied and partly read where the model keeps them: do not change them meanwhile. Raises ValueError for a model that
+    it cannot run, saying why.
     """
 
     def __init__(
