@@ -4,22 +4,25 @@
 namespace bitbell {
 namespace {
 
-using S32 = int16_t __attribute__((vector_size(64)));  // 16 rows x 2 of 4 consecutive k
-using W32 = uint16_t __attribute__((vector_size(64)));
+// 16 bytes, which every 64-bit machine has registers for: 4 rows x 2 of 4 consecutive k.
+using S8 = int16_t __attribute__((vector_size(16)));
+using W8 = uint16_t __attribute__((vector_size(16)));
+using I4 = int32_t __attribute__((vector_size(16)));
+constexpr int kPieces = 16;  // of 4 rows in a panel
 
 void prepare(const int8_t* x, int64_t k, int, int, int8_t* prepared) { std::memcpy(prepared, x, static_cast<size_t>(k)); }
 
-// The codes of k-group `j` of a chunk, for 16 rows: even k in `even`, odd k in `odd`.
+// The codes of k-group `j` of a chunk, for 4 rows: even k in `even`, odd k in `odd`.
 template <int kBits>
-INLINE void take_field(const uint8_t* chunk, int panel, int j, S32& even, S32& odd) {
+INLINE void take_field(const uint8_t* chunk, int piece, int j, S8& even, S8& odd) {
   constexpr int kPerByte = kBits == 3 ? 4 : 8 / kBits, kLow = kBits == 3 ? 2 : kBits;
-  W32 v;
-  std::memcpy(&v, chunk + (j / kPerByte * 4 + panel) * 64, sizeof v);
+  W8 v;
+  std::memcpy(&v, chunk + j / kPerByte * 256 + piece * 16, sizeof v);
   const uint16_t mask = (1u << kLow) - 1;
   const int shift = kLow * (j % kPerByte);
-  W32 low = (v >> shift) & mask, high = (v >> (shift + 8)) & mask;
+  W8 low = (v >> shift) & mask, high = (v >> (shift + 8)) & mask;
   if (kBits == 3) {
-    std::memcpy(&v, chunk + 512 + panel * 64, sizeof v);
+    std::memcpy(&v, chunk + 512 + piece * 16, sizeof v);
     low |= ((v >> j) & 1) << 2;
     high |= ((v >> (j + 8)) & 1) << 2;
   }
@@ -27,8 +30,16 @@ INLINE void take_field(const uint8_t* chunk, int panel, int j, S32& even, S32& o
   std::memcpy(&odd, &high, sizeof odd);
 }
 
-INLINE I16 add_pairs(I16 acc, S32 v) {
-  I16 pairs;
+// Two inputs in every 32-bit lane.
+INLINE S8 repeat_pair(int8_t first, int8_t second) {
+  const I4 lanes = I4{} + static_cast<int32_t>(static_cast<uint16_t>(first) | static_cast<uint32_t>(static_cast<uint16_t>(second)) << 16);
+  S8 pairs;
+  std::memcpy(&pairs, &lanes, sizeof pairs);
+  return pairs;
+}
+
+INLINE I4 add_pairs(I4 acc, S8 v) {
+  I4 pairs;
   std::memcpy(&pairs, &v, sizeof pairs);
   return acc + ((pairs << 16) >> 16) + (pairs >> 16);
 }
@@ -38,24 +49,25 @@ void one_row(const uint8_t* panel, int64_t k, const int8_t* x, int32_t* acc) {
   constexpr int kGroups = kBits == 3 ? 8 : 8 / kBits;          // k-groups in a chunk
   constexpr int kBytes = kGroups * 4 * 64 * kBits / 8;          // of a chunk
   constexpr int kSums = kBits == 8 ? 1 : 32767 / (2 * 15 * 128);  // additions that 16 bits hold
-  I16 total[4] = {};
-  for (int64_t c = 0; c < k / 4 / kGroups; c++, panel += kBytes)
-    for (int i = 0; i < 4; i++) {
-      S32 sum = {};
+  I4 total[kPieces] = {};
+  for (int64_t c = 0; c < k / 4 / kGroups; c++, panel += kBytes, x += 4 * kGroups)
+    for (int i = 0; i < kPieces; i++) {
+      S8 sum = {};
 #pragma GCC unroll 8
       for (int j = 0; j < kGroups; j++) {
-        const int8_t* q = x + (c * kGroups + j) * 4;
-        S32 even, odd, x_even, x_odd;
+        const int8_t* q = x + 4 * j;
+        S8 even, odd;
         take_field<kBits>(panel, i, j, even, odd);
-        for (int l = 0; l < 32; l += 2) x_even[l] = q[0], x_even[l + 1] = q[2], x_odd[l] = q[1], x_odd[l + 1] = q[3];
+        even *= repeat_pair(q[0], q[2]);
+        odd *= repeat_pair(q[1], q[3]);
         if (kBits == 8) {
-          total[i] = add_pairs(add_pairs(total[i], even * x_even), odd * x_odd);
+          total[i] = add_pairs(add_pairs(total[i], even), odd);
           continue;
         }
-        sum += even * x_even + odd * x_odd;
+        sum += even + odd;
         if (j % kSums == kSums - 1 || j == kGroups - 1) {
           total[i] = add_pairs(total[i], sum);
-          sum = S32{};
+          sum = S8{};
         }
       }
     }
@@ -81,14 +93,14 @@ void float_rows(const uint8_t* panel, int64_t k, const float* x, int64_t stride,
   constexpr int kGroups = kBits == 3 ? 8 : 8 / kBits, kBytes = kGroups * 4 * 64 * kBits / 8;
   std::memset(acc, 0, static_cast<size_t>(m * kPanelRows) * 4);
   for (int64_t c = 0; c < k / 4 / kGroups; c++, panel += kBytes)
-    for (int i = 0; i < 4; i++)
+    for (int i = 0; i < kPieces; i++)
       for (int j = 0; j < kGroups; j++) {
-        S32 even, odd;
+        S8 even, odd;
         take_field<kBits>(panel, i, j, even, odd);
         for (int64_t r = 0; r < m; r++) {
           const float* q = x + r * stride + (c * kGroups + j) * 4;
-          float* to = acc + r * kPanelRows + i * 16;
-          for (int l = 0; l < 16; l++)
+          float* to = acc + r * kPanelRows + i * 4;
+          for (int l = 0; l < 4; l++)
             to[l] += levels[even[2 * l]] * q[0] + levels[odd[2 * l]] * q[1] + levels[even[2 * l + 1]] * q[2] + levels[odd[2 * l + 1]] * q[3];
         }
       }
