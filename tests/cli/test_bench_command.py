@@ -115,8 +115,8 @@ def test_gpt_2_goes_by_its_modules(gpt: str, capsys: pytest.CaptureFixture[str])
         (["--rounds", "0"], "rounds must be at least 1, got 0"),
         (["--threads", "0"], "threads must be 1 to 256, or None, got 0"),
         (["--prompt-tokens", "18"], "prompt_tokens=18 and new_tokens=4 exceed the model's 20 positions"),
-        (["--native", "True"], "the native step (head_bits=None) is not possible: "),
-        (["--head-bits", "8"], "the native step (head_bits=8) is not possible: "),
+        (["--native", "True"], "the native step is not possible here: "),
+        (["--head-bits", "8"], "head_bits=8 needs the native step, which is not possible here: "),
     ],
 )
 def test_what_is_wrong_is_named_without_a_traceback(
@@ -146,7 +146,8 @@ def test_the_page_shows_the_numbers() -> None:
         "cache            45.1 kB         for every token of text",
         "memory         1073.7 MB         largest so far, Python and torch included",
         "",
-        "layer        number          shape recipe               us    GB/s   one row each",
+        "one row through each kind of packed layer, called from Python, which costs some microseconds:",
+        "layer        number          shape recipe               us    GB/s",
         "q_proj           22      2048x1024 bbq-w2a2           40.0    13.1",
     ]
     without = Bench("engine", 1, 8, 4, 1.0, 1.0, 0.0, 10**6, 1000, 10**8, None, [])

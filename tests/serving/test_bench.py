@@ -170,7 +170,10 @@ def test_threads_are_those_asked_for_and_only_meanwhile(packed: Any, monkeypatch
         ({"new_tokens": -1}, "new_tokens must be at least 1, got -1"),
         ({"rounds": 0}, "rounds must be at least 1, got 0"),
         ({"prompt_tokens": 61}, "prompt_tokens=61 and new_tokens=4 exceed the model's 64 positions"),
-        ({"native_step": False, "head_bits": 8}, "the native step .* is not possible: native_step=False"),
+        (
+            {"native_step": False, "head_bits": 8},
+            "head_bits=8 needs the native step, which is not possible here: native_step=False",
+        ),
     ],
 )
 def test_wrong_settings_are_named(packed: Any, settings: dict[str, Any], message: str) -> None:
@@ -185,10 +188,10 @@ def test_the_last_position_can_be_used(packed: Any) -> None:
 def test_the_step_is_not_quietly_replaced_by_the_modules(packed: Any, gpt: Any) -> None:
     reason = "GPT2LMHeadModel" if native.extension is not None else "no C"
     for how in ({"native_step": True}, {"head_bits": 8}):
-        with pytest.raises(ValueError, match=f"is not possible: .*{reason}"):
+        with pytest.raises(ValueError, match=f"is not possible here: .*{reason}"):
             bench(gpt, **(SMALL | how))  # type: ignore[arg-type]
     with native.using(native.REFERENCE):
-        with pytest.raises(ValueError, match="is not possible: no C"):
+        with pytest.raises(ValueError, match="is not possible here: no C"):
             bench(packed, native_step=True, **SMALL)
         assert bench(packed, **SMALL).engine.startswith("modules in PyTorch (no C++ kernels are in use")
 

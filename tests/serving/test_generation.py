@@ -270,7 +270,7 @@ def test_head_bits_and_threads_reach_the_step(
         for native_step in (None, True):
             with pytest.raises(ValueError, match="head_bits must be 8, 16, or None for the head as it is, got 4"):
                 generate(packed, tokenizer, "In", max_new_tokens=2, native=native_step, head_bits=4)
-        with pytest.raises(ValueError, match="threads = 0, must be 1 to 256"):
+        with pytest.raises(ValueError, match="threads must be 1 to 256, or None, got 0"):
             generate(packed, tokenizer, "In", max_new_tokens=2, threads=0)
 
 
@@ -279,7 +279,7 @@ def test_the_step_is_not_quietly_replaced_by_the_modules(
     make_llama: MakeLlama, gpt: Any, packed: Any, tokenizer: TextTokenizer
 ) -> None:
     def refused(model: Any, reason: str, **how: Any) -> None:
-        with pytest.raises(ValueError, match=r"native generation .* is not possible: ") as caught:
+        with pytest.raises(ValueError, match=r"is not possible here: ") as caught:
             generate(model, tokenizer, "In", max_new_tokens=3, **how)
         assert reason in str(caught.value)
 

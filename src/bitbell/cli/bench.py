@@ -59,8 +59,11 @@ def describe(result: Bench) -> str:
         lines.append(f"traffic    {rate:10.1f} GB/s       {of}")
     lines.append(f"cache      {result.cache_bytes_per_token / 1e3:10.1f} kB         for every token of text")
     lines.append(f"memory     {result.peak_bytes / 1e6:10.1f} MB         largest so far, Python and torch included")
+    if result.spread > 0.3:
+        lines.append("the rounds differ much: other work runs on this machine, and these numbers are too low")
     if result.layers:
-        lines.append(f"\n{'layer':<12} {'number':>6} {'shape':>14} {'recipe':<14} {'us':>8} {'GB/s':>7}   one row each")
+        lines.append("\none row through each kind of packed layer, called from Python, which costs some microseconds:")
+        lines.append(f"{'layer':<12} {'number':>6} {'shape':>14} {'recipe':<14} {'us':>8} {'GB/s':>7}")
     for layer in result.layers:
         shape = "x".join(map(str, layer.shape))
         speed = f"{layer.microseconds:8.1f} {layer.gigabytes_per_second:7.1f}"

@@ -196,7 +196,7 @@ def generate(
         temperature: 0 takes the likeliest token; higher is wilder.
         top_k: Choose among this many likeliest tokens.
         top_p: Choose among the likeliest tokens that make up this probability.
-        seed: One seed gives one text.
+        seed: One seed gives one text; the C++ step and the modules draw differently.
         native: Take the C++ step (True) or the model's modules (False); by default C++ where it can run the model.
         head_bits: Keep the output head and the embedding in 8 bits, or bfloat16 (16). Changes the numbers; native only.
         threads: Threads of the C++ step; by default as many as torch uses.

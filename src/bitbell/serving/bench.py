@@ -102,7 +102,8 @@ def bench(
         )
     why_not = "native_step=False" if native_step is False else why_not_native(inner)
     if why_not is not None and (native_step or head_bits is not None):
-        raise ValueError(f"the native step (head_bits={head_bits}) is not possible: {why_not}")
+        what = "the native step" if head_bits is None else f"head_bits={head_bits} needs the native step, which"
+        raise ValueError(f"{what} is not possible here: {why_not}")
     with _using_threads(threads):
         return _measure(inner, why_not, prompt_tokens, new_tokens, rounds, head_bits)
 

@@ -66,7 +66,8 @@ def generate(
     how: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     why_not = "native=False" if native is False else why_not_native(inner)
     if why_not is not None and (native or head_bits is not None):
-        raise ValueError(f"native generation (head_bits={head_bits}) is not possible: {why_not}")
+        what = "native generation" if head_bits is None else f"head_bits={head_bits} needs the C++ step, which"
+        raise ValueError(f"{what} is not possible here: {why_not}")
     if why_not is None:
         engine = NativeLlama(inner, positions=len(ids) + max_new_tokens, head_bits=head_bits, threads=threads)
         run = partial(engine.generate, ids, max_new_tokens, end_token=tokenizer.end_of_text, **how)

@@ -6,6 +6,7 @@ text is equal unless two logits tie to that rounding. Keys and values are float3
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from bitbell.quantizers import AbsMax
 
 DENSE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 BYTES = 3  # the kind of an embedding of int8 rows with a scale each
+ROWS = ("tokens", "slots", "positions")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # whose angles do not depend on the length of the text
 PARTS = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj"}
 PARTS |= {"gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
@@ -81,6 +83,8 @@ class NativeLlama:
             raise ValueError(f"positions must be 1 to the model's {limit}, got {positions}")
         if slots < 1:
             raise ValueError(f"slots must be at least 1, got {slots}")
+        if threads is not None and not 1 <= threads <= native.MOST_THREADS:
+            raise ValueError(f"threads must be 1 to {native.MOST_THREADS}, or None, got {threads}")
         self.threads, self.slots, self.positions = threads, slots, positions
         self.vocabulary = int(inner.config.vocab_size)
         parts = _Parts(inner, head_bits)
@@ -100,9 +104,12 @@ class NativeLlama:
 
         Rows of a slot go on from at most its length. want: which rows' logits; None: the last row of each slot.
         """
+        tokens, slots, positions = (
+            _integers(name, x) for name, x in zip(ROWS, (tokens, slots, positions), strict=True)
+        )
         count = len(set(slots)) if want is None else sum(map(bool, want))
         logits = torch.empty(count, self.vocabulary, **native.FLOATS)
-        rows = list(tokens), list(slots), list(positions), logits.numpy()
+        rows = tokens, slots, positions, logits.numpy()
         self._llama.forward(*rows, None if want is None else list(want), self._threads())
         return logits
 
@@ -141,11 +148,17 @@ class NativeLlama:
         anew; the last token returned is not there yet. on_token sees each new token; returning False stops; it must
         not call this model. Raises RuntimeError where logits hold NaN, and ValueError for settings out of range.
         """
+        prompt = _integers("prompt", prompt)
+        held = self.length(slot) if keep else 0
+        if max_new_tokens >= 1 and len(prompt) >= 1 and held + len(prompt) + max_new_tokens - 1 > self.positions:
+            before = f"{held} tokens in the slot, " if held else ""
+            asked = f"{before}a prompt of {len(prompt)} and max_new_tokens={max_new_tokens}"
+            raise ValueError(f"{asked} exceed the {self.positions} positions")
         if not keep:
             self._llama.reset(slot)
         ends = [] if end_token is None else [end_token]
         sampling = temperature, top_k or 0, 1.0 if top_p is None else top_p, allowed or 0, seed % 2**64
-        run: tuple[Any, ...] = list(prompt), max_new_tokens, ends, slot, *sampling, on_token, self._threads()
+        run: tuple[Any, ...] = prompt, max_new_tokens, ends, slot, *sampling, on_token, self._threads()
         tokens, _ = self._llama.generate(*run)
         return list(tokens)
 
@@ -294,3 +307,12 @@ class _Parts:
 
 def _inner(model: nn.Module) -> Any:
     return model.model if isinstance(model, PackedModel) else model
+
+
+def _integers(name: str, values: Any) -> list[int]:
+    """A list of a sequence or one-dimensional tensor of integers. Raises TypeError, naming it, for anything else."""
+    values = values.tolist() if isinstance(values, Tensor) else values
+    try:
+        return [operator.index(value) for value in values]
+    except TypeError:
+        raise TypeError(f"{name} must be a sequence of integers, got {type(values).__name__}: {values!r:.60}") from None
