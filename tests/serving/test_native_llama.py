@@ -390,6 +390,15 @@ def test_on_token_may_not_call_the_model_that_called_it(plain: Any) -> None:
     assert engine.generate([1, 2, 3], 5) == text
 
 
+@pytest.fixture
+def listens_to_ctrl_c() -> Iterator[None]:
+    """Where the tests run in the background of a shell, they start deaf to it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("listens_to_ctrl_c")
 @pytest.mark.parametrize("prompt", [1, 8000])
 def test_ctrl_c_stops(make_llama: MakeLlama, prompt: int) -> None:
     """While it makes tokens, and while it reads a long prompt."""
