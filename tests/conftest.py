@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,15 @@ TEXT = (
     "In the beginning God created the heaven and the earth.\n" * 40
     + "And the evening and the morning were the day.\n" * 40
 )
+
+
+@pytest.fixture
+def reference_kernels() -> Iterator[None]:
+    """Compute by the definitions, for tests that compare bits; the C++ kernels have tests of their own."""
+    from bitbell.kernels import native
+
+    with native.using(native.REFERENCE):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,12 @@ from torch import Tensor
 
 import bitbell
 
+
+@pytest.fixture(autouse=True)
+def compare_bits(reference_kernels: None) -> None:
+    """Trained and packed models are compared bit by bit here."""
+
+
 MakeLlama = Callable[..., Any]
 
 
