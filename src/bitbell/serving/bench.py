@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from bitbell.evaluation.loss import evaluation_mode
 from bitbell.kernels import native
 from bitbell.packing import PackedLinear
-from bitbell.serving.native_llama import NativeLlama, why_not_native
+from bitbell.serving.native_llama import NativeLlama, inner_model, why_not_native
 
 STREAM_LIMITS = 8, 512  # megabytes of the buffer that the stream rate is measured on
 
@@ -91,7 +91,7 @@ def bench(
     Raises ValueError for counts below 1, for more tokens than the model has positions, and where the C++ step is asked
     for and impossible.
     """
-    inner: Any = getattr(model, "model", model) if not hasattr(model, "generation_config") else model
+    inner: Any = inner_model(model)
     limit = int(inner.config.max_position_embeddings)
     for name, value in (("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens), ("rounds", rounds)):
         if value < 1:

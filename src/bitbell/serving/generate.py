@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from bitbell.evaluation.loss import evaluation_mode
-from bitbell.serving.native_llama import NativeLlama, why_not_native
+from bitbell.serving.native_llama import NativeLlama, inner_model, why_not_native
 
 if TYPE_CHECKING:
     from bitbell.data import TextTokenizer
@@ -61,7 +61,7 @@ def generate(
     ids = tokenizer.encode(prompt)
     if not ids:
         raise ValueError("the prompt is empty; give at least one character")
-    inner: Any = getattr(model, "model", model) if not hasattr(model, "generation_config") else model
+    inner: Any = inner_model(model)
     _check_room(inner.config, tokenizer, len(ids), max_new_tokens)
     how: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     why_not = "native=False" if native is False else why_not_native(inner)

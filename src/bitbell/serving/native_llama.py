@@ -28,7 +28,7 @@ PARTS |= {"gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
 
 def why_not_native(model: nn.Module) -> str | None:
     """Why `NativeLlama` cannot run a model, in words; None if it can."""
-    inner = _inner(model)
+    inner = inner_model(model)
     if not native.available():
         return f"no C++ kernels are in use ({native.reason()})"
     if type(inner).__name__ != "LlamaForCausalLM":
@@ -76,7 +76,7 @@ class NativeLlama:
             raise ValueError(f"the native LLaMA cannot run this model: {why}")
         if head_bits not in (None, 8, 16):
             raise ValueError(f"head_bits must be 8, 16, or None for the head as it is, got {head_bits}")
-        inner = _inner(model)
+        inner = inner_model(model)
         limit = int(inner.config.max_position_embeddings)
         positions = limit if positions is None else positions
         if not 1 <= positions <= limit:
@@ -305,7 +305,8 @@ class _Parts:
         return kept.data_ptr()
 
 
-def _inner(model: nn.Module) -> Any:
+def inner_model(model: nn.Module) -> Any:
+    """The Hugging Face model itself, of a packed model or of one that is it already."""
     return model.model if isinstance(model, PackedModel) else model
 
 
