@@ -82,13 +82,7 @@ void one_row(const uint8_t* panel, int64_t k, const int8_t* x, int x_bits, int32
 }
 
 void vector(const uint8_t* panel, int bits, int64_t k, const int8_t* x, int x_bits, int32_t* acc) {
-  switch (bits) {
-    case 1: return one_row<1>(panel, k, x, x_bits, acc);
-    case 2: return one_row<2>(panel, k, x, x_bits, acc);
-    case 3: return one_row<3>(panel, k, x, x_bits, acc);
-    case 4: return one_row<4>(panel, k, x, x_bits, acc);
-    default: return one_row<8>(panel, k, x, x_bits, acc);
-  }
+  for_width(bits, [&](auto width) { one_row<decltype(width)::value>(panel, k, x, x_bits, acc); });
 }
 
 constexpr int64_t kBlock = 256;  // k at a time: their 64 rows of unpacked codes take 16 KiB
@@ -143,13 +137,7 @@ void rows(const uint8_t* panel, int64_t k, const int8_t* x, int64_t stride, int6
 }
 
 void matrix(const uint8_t* panel, int bits, int64_t k, const int8_t* x, int64_t stride, int64_t m, int32_t* acc, uint8_t* scratch) {
-  switch (bits) {
-    case 1: return rows<1>(panel, k, x, stride, m, acc, scratch);
-    case 2: return rows<2>(panel, k, x, stride, m, acc, scratch);
-    case 3: return rows<3>(panel, k, x, stride, m, acc, scratch);
-    case 4: return rows<4>(panel, k, x, stride, m, acc, scratch);
-    default: return rows<8>(panel, k, x, stride, m, acc, scratch);
-  }
+  for_width(bits, [&](auto width) { rows<decltype(width)::value>(panel, k, x, stride, m, acc, scratch); });
 }
 
 // Levels of 8 codes (32-bit lanes): by arithmetic for bytes, else by two look-ups of 8 and a choice by bit 3.
@@ -185,13 +173,7 @@ void float_rows(const uint8_t* panel, int64_t k, const float* x, int64_t stride,
 }
 
 void floats(const uint8_t* panel, int bits, int64_t k, const float* x, int64_t stride, int64_t m, const float* levels, float* acc) {
-  switch (bits) {
-    case 1: return float_rows<1>(panel, k, x, stride, m, levels, acc);
-    case 2: return float_rows<2>(panel, k, x, stride, m, levels, acc);
-    case 3: return float_rows<3>(panel, k, x, stride, m, levels, acc);
-    case 4: return float_rows<4>(panel, k, x, stride, m, levels, acc);
-    default: return float_rows<8>(panel, k, x, stride, m, levels, acc);
-  }
+  for_width(bits, [&](auto width) { float_rows<decltype(width)::value>(panel, k, x, stride, m, levels, acc); });
 }
 
 }  // namespace

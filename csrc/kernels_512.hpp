@@ -132,13 +132,7 @@ void unpack_bits(const uint8_t* panel, int64_t k, uint8_t* out) {
 }
 
 INLINE void unpack(const uint8_t* panel, int bits, int64_t k, uint8_t* out) {
-  switch (bits) {
-    case 1: return unpack_bits<1>(panel, k, out);
-    case 2: return unpack_bits<2>(panel, k, out);
-    case 3: return unpack_bits<3>(panel, k, out);
-    case 4: return unpack_bits<4>(panel, k, out);
-    default: return unpack_bits<8>(panel, k, out);
-  }
+  for_width(bits, [&](auto width) { unpack_bits<decltype(width)::value>(panel, k, out); });
 }
 
 // kRows input rows times 64 rows of weights, over k columns; w: unpacked bytes.
@@ -237,13 +231,7 @@ void few_float_rows(const uint8_t* panel, int64_t k, const float* x, int64_t str
 }
 
 void floats(const uint8_t* panel, int bits, int64_t k, const float* x, int64_t stride, int64_t m, const float* levels, float* acc) {
-  switch (bits) {
-    case 1: return few_float_rows<1>(panel, k, x, stride, m, levels, acc);
-    case 2: return few_float_rows<2>(panel, k, x, stride, m, levels, acc);
-    case 3: return few_float_rows<3>(panel, k, x, stride, m, levels, acc);
-    case 4: return few_float_rows<4>(panel, k, x, stride, m, levels, acc);
-    default: return few_float_rows<8>(panel, k, x, stride, m, levels, acc);
-  }
+  for_width(bits, [&](auto width) { few_float_rows<decltype(width)::value>(panel, k, x, stride, m, levels, acc); });
 }
 
 }  // namespace

@@ -47,6 +47,22 @@ INLINE F16 larger(F16 a, F16 b) { return select(a > b, a, b); }
 INLINE F16 smaller(F16 a, F16 b) { return select(a < b, a, b); }
 INLINE F16 magnitude(F16 v) { return as_floats(as_integers(v) & 0x7fffffff); }
 
+// Call `use` with the width that kernels are made for (1, 2, 3, 4 or 8) as a constant: use(Width<2>{}).
+template <int kBits>
+struct Width {
+  static constexpr int value = kBits;
+};
+template <class Use>
+INLINE void for_width(int bits, Use&& use) {
+  switch (bits) {
+    case 1: return use(Width<1>{});
+    case 2: return use(Width<2>{});
+    case 3: return use(Width<3>{});
+    case 4: return use(Width<4>{});
+    default: return use(Width<8>{});
+  }
+}
+
 // The sum of 16 lanes, halves onto halves.
 INLINE float sum_of(F16 v) {
   float a[16];

@@ -75,13 +75,7 @@ void one_row(const uint8_t* panel, int64_t k, const int8_t* x, int32_t* acc) {
 }
 
 void vector(const uint8_t* panel, int bits, int64_t k, const int8_t* x, int, int32_t* acc) {
-  switch (bits) {
-    case 1: return one_row<1>(panel, k, x, acc);
-    case 2: return one_row<2>(panel, k, x, acc);
-    case 3: return one_row<3>(panel, k, x, acc);
-    case 4: return one_row<4>(panel, k, x, acc);
-    default: return one_row<8>(panel, k, x, acc);
-  }
+  for_width(bits, [&](auto width) { one_row<decltype(width)::value>(panel, k, x, acc); });
 }
 
 void matrix(const uint8_t* panel, int bits, int64_t k, const int8_t* x, int64_t stride, int64_t m, int32_t* acc, uint8_t*) {
@@ -107,13 +101,7 @@ void float_rows(const uint8_t* panel, int64_t k, const float* x, int64_t stride,
 }
 
 void floats(const uint8_t* panel, int bits, int64_t k, const float* x, int64_t stride, int64_t m, const float* levels, float* acc) {
-  switch (bits) {
-    case 1: return float_rows<1>(panel, k, x, stride, m, levels, acc);
-    case 2: return float_rows<2>(panel, k, x, stride, m, levels, acc);
-    case 3: return float_rows<3>(panel, k, x, stride, m, levels, acc);
-    case 4: return float_rows<4>(panel, k, x, stride, m, levels, acc);
-    default: return float_rows<8>(panel, k, x, stride, m, levels, acc);
-  }
+  for_width(bits, [&](auto width) { float_rows<decltype(width)::value>(panel, k, x, stride, m, levels, acc); });
 }
 
 }  // namespace
