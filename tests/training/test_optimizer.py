@@ -9,7 +9,8 @@ import pytest
 
 from bitbell.layers import quantize
 from bitbell.models import build_model
-from bitbell.training.optimizer import learning_rate_at, parameter_groups
+from bitbell.training.config import TrainConfig
+from bitbell.training.optimizer import learning_rate_at, make_optimizer, parameter_groups
 
 
 def decayed_names(recipe: str | None, preset: str = "micro") -> set[str]:
@@ -60,3 +61,15 @@ def test_the_schedule_rises_by_a_cosine_and_falls_to_its_end() -> None:
 def test_very_short_runs_have_a_rate_for_each_step(steps: int) -> None:
     for warmup in (0.0, 0.1, 1.0):
         assert all(0 < learning_rate_at(s, steps=steps, peak=1.0, warmup=warmup, final=0.1) <= 1 for s in range(steps))
+
+
+def test_scale_rate_is_the_factor_of_what_quantizers_learn() -> None:
+    model = quantize(build_model("micro"), "lsq-w2a2")
+    config = TrainConfig(data="d", out="r", scale_rate=0.1)
+    rates = {id(p): group["rate"] for group in make_optimizer(model, config, 1e-3).param_groups for p in group["params"]}
+    named = dict(model.named_parameters())
+    assert len(rates) == len(named)
+    for name, parameter in named.items():
+        assert rates[id(parameter)] == (0.1 if "quantizer" in name else 1.0), name
+    with pytest.raises(ValueError, match="scale_rate must be positive, got scale_rate=0"):
+        TrainConfig(data="d", out="r", scale_rate=0.0)

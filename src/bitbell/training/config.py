@@ -77,6 +77,8 @@ class TrainConfig:
     """Micro-batches in a step."""
     learning_rate: float | None = None
     """Peak learning rate; by default the preset's."""
+    scale_rate: float = 1.0
+    """Learning rate of what quantizers learn (scales, clips, offsets), as a factor of the weights'."""
     weight_decay: float = 0.1
     """Of linear weights inside the blocks, and of LSQ's step sizes; of nothing else."""
     beta1: float = 0.9
@@ -137,6 +139,7 @@ class TrainConfig:
             value = getattr(self, name)
             _check(self, name, value is None or value >= 1, "at least 1")
         _check(self, "learning_rate", self.learning_rate is None or 0 < self.learning_rate < math.inf, "positive")
+        _check(self, "scale_rate", 0 < self.scale_rate < math.inf, "positive")
         _check(self, "weight_decay", 0 <= self.weight_decay < math.inf, "0 or more")
         _check(self, "clip", self.clip > 0, "positive")
         for name in ("beta1", "beta2"):

@@ -169,7 +169,7 @@ class _Run:
         config = self.config
         rate = learning_rate_at(self.step, steps=config.steps, peak=self.peak, warmup=config.warmup, final=config.final)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["rate"]
         total = 0.0
         for tokens in self._micro_batches():
             loss = self._loss(tokens)

@@ -13,7 +13,7 @@ from bitbell.quantizers import Quantizer
 from bitbell.training.config import TrainConfig
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two groups: decayed (linear weights inside the blocks, LSQ's steps) and not decayed (everything else).
 
     Not decayed: embeddings, norms, biases, the output head, the scales of BBQ. The same split for full precision.
@@ -38,8 +38,19 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig, learning_rate: float) -> torch.optim.AdamW:
-    """AdamW over `parameter_groups`, in PyTorch's fused form."""
-    groups = parameter_groups(model, config.weight_decay)
+    """AdamW over `parameter_groups`, in PyTorch's fused form. A group's "rate" is the factor of its learning rate.
+
+    AdamW moves every parameter by about the learning rate, however small its gradient: too far, at the rates that
+    suit weights, for a step size of 0.01. Hence a factor for what quantizers learn.
+    """
+    learned = {id(p) for module in model.modules() if isinstance(module, Quantizer) for p in module.parameters()}
+    groups: list[dict[str, Any]] = []
+    for group in parameter_groups(model, config.weight_decay):
+        weights, scales = ([p for p in group["params"] if (id(p) in learned) is side] for side in (False, True))
+        if config.scale_rate == 1 or not scales:
+            groups.append(group | {"rate": 1.0})
+        else:
+            groups += [group | {"params": weights, "rate": 1.0}, group | {"params": scales, "rate": config.scale_rate}]
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(config.beta1, config.beta2), fused=True)
 
 
