@@ -66,7 +66,8 @@ def test_very_short_runs_have_a_rate_for_each_step(steps: int) -> None:
 def test_scale_rate_is_the_factor_of_what_quantizers_learn() -> None:
     model = quantize(build_model("micro"), "lsq-w2a2")
     config = TrainConfig(data="d", out="r", scale_rate=0.1)
-    rates = {id(p): group["rate"] for group in make_optimizer(model, config, 1e-3).param_groups for p in group["params"]}
+    groups = make_optimizer(model, config, 1e-3).param_groups
+    rates = {id(p): group["rate"] for group in groups for p in group["params"]}
     named = dict(model.named_parameters())
     assert len(rates) == len(named)
     for name, parameter in named.items():
