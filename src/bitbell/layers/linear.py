@@ -5,7 +5,7 @@ What a layer of another kind (QuantConv1D) shares with it is TrainedLayer.
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -80,6 +80,13 @@ class QuantizedLayer:
         raise TypeError(f"{type(self).__name__} has no weight codes")
 
 
+class RowGather(Protocol):
+    """Where a layer's quantized weight comes from when every process holds some of its rows."""
+
+    def forward(self, layer: TrainedLayer, x: Tensor) -> Tensor:
+        """`layer.multiply(x, w)` with the whole quantized weight."""
+
+
 class TrainedLayer(QuantizedLayer, nn.Module):
     """A linear layer that multiplies codes: y = quantize(x) . quantize(matrix)^T + bias.
 
@@ -92,6 +99,7 @@ class TrainedLayer(QuantizedLayer, nn.Module):
     weight: Tensor
     bias: Any
     weight_quantizer: Quantizer
+    row_gather: RowGather | None = None
 
     @property
     def matrix(self) -> Tensor:
@@ -116,7 +124,12 @@ class TrainedLayer(QuantizedLayer, nn.Module):
         return self.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        w = self.weight_quantizer.quantize(self.matrix)
+        if self.row_gather is not None:
+            return self.row_gather.forward(self, x)
+        return self.multiply(x, self.weight_quantizer.quantize(self.matrix))
+
+    def multiply(self, x: Tensor, w: Quantized) -> Tensor:
+        """The layer's output for input `x` (..., in_features) and its quantized weight `w`."""
         dtype = product_dtype(x)
         if self.activation_quantizer is None:
             y = F.linear(rotate(x, self.weight_quantizer.rotation), w.values.to(x.dtype))
