@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from bitbell.kernels import ROTATION_BLOCK
+from bitbell.quantizers.ranks import ALONE, Ranks, largest_over
 
 
 class Quantized(NamedTuple):
@@ -61,6 +62,7 @@ class Quantizer(nn.Module):
     calibrated: Tensor
     offset: Tensor | None
     table: tuple[float, ...] | None = None
+    ranks: Ranks = ALONE  # processes that share what this quantizer is fed, see `bitbell.quantizers.ranks`
 
     def __init__(self, bits: int, rows: int | None, rotation: int | None, zero_point: float) -> None:
         super().__init__()
@@ -103,10 +105,11 @@ class Quantizer(nn.Module):
         """Set the scale (and running statistics) from data `x`, and remember that it has happened.
 
         Raises ValueError, and leaves everything as it was, if `x` is empty, not finite, or so large that its mean
-        square overflows.
+        square overflows. Under `ranks` all processes call it, each with its share, and all raise if one has to.
         """
         self.check_input(x)
-        if not x.numel() or not bool(torch.isfinite(x).all()):
+        usable = x.numel() > 0 and bool(torch.isfinite(x).all())
+        if bool(largest_over(torch.tensor([float(not usable)], device=x.device), self.ranks)):
             what = "an empty tensor" if not x.numel() else "a tensor with NaN or infinity"
             raise ValueError(f"cannot calibrate {self.method} on {what} of shape {tuple(x.shape)}")
         before = {name: tensor.clone() for name, tensor in self.state_dict().items()}

@@ -14,6 +14,12 @@ an RMS:
     dL/dh = (u - v mean(u v)) / RMS(h)          dL/dx = dL/dh H
     dL/dscale = sum(dL/dy * (k - n/2 - z)) / 2**(bits-1) / sqrt(numel)
 
+`restore_rms` (the paper's BBQ for images) multiplies the RMS back, so that scale is in units of it:
+
+    y = scale RMS(h) / 2**(bits-1) * (k - n/2 - z)
+    dL/dh = u' - v mean(u' v) + v mean(dL/dy y / RMS(h))       u' = 2 scale phi(v) * dL/dy
+    dL/dscale = sum(dL/dy * RMS(h) * (k - n/2 - z)) / 2**(bits-1) / sqrt(numel)
+
 The output stays in the rotated domain: both operands of a layer are rotated, so the rotations cancel in their product.
 """
 
@@ -28,6 +34,7 @@ from torch import Tensor, nn
 
 from bitbell.kernels import ROTATION_BLOCK, product_dtype, rotate, rotate_gradient
 from bitbell.quantizers.base import Quantized, Quantizer, sum_to, wide
+from bitbell.quantizers.ranks import ALONE, Ranks, mean_over
 from bitbell.quantizers.steps import BELL_SCALE, OPTIMAL_CLIP, RUNNING_DECAY, SMALLEST_SIZE
 
 RMS_GROUPS = ("tensor", "running", "token")
@@ -42,6 +49,8 @@ class BBQ(Quantizer):
     "running" (BBQ-Fast: the batch's in training, a running average of 1/RMS in evaluation, hence causal) or "token"
     (over the last dimension). zero_point: the paper's z; default 0 for 3 bits and more, -0.5 for 1 and 2 bits. Any
     float is allowed.
+
+    restore_rms: multiply the output by the RMS (formulas above); the scale then starts at 1.694, or at `start`.
 
     For ablation: normalise: False leaves the RMS out. rms_gradient: whether the gradient flows through the RMS.
     learn_scale, learn_offset: whether the scale, and an offset added to every value, are learned. start: the scale to
@@ -75,6 +84,7 @@ class BBQ(Quantizer):
         learn_scale: bool = True,
         learn_offset: bool = False,
         start: float | None = None,
+        restore_rms: bool = False,
     ) -> None:
         super().__init__(bits, rows, rotation, _paper_zero_point(bits) if zero_point is None else zero_point)
         if rms is not None and (rms not in RMS_GROUPS or rows is not None):
@@ -88,6 +98,9 @@ class BBQ(Quantizer):
             raise ValueError(f"start must be positive or None (1.694 RMS), got start={start!r}")
         self.rms = rms or ("tensor" if rows is None else "row")
         self.normalise, self.estimator, self.rms_gradient, self.start = normalise, estimator, rms_gradient, start
+        if restore_rms and not normalise:
+            raise ValueError("restore_rms multiplies back what normalise divides by; it needs normalise=True")
+        self.restore_rms = restore_rms
         self.scale.requires_grad_(learn_scale)
         if learn_offset:
             self.offset = nn.Parameter(torch.zeros_like(self.scale))
@@ -100,6 +113,7 @@ class BBQ(Quantizer):
         frozen = self.running_inverse_rms if self._uses_running_rms and not self.training else None
         group = self.rms if self.normalise else "none"
         how = group, self.bits, self.zero_point, self.rotation, self.estimator, self.rms_gradient, self.rows is not None
+        how = *how, self.ranks, self.restore_rms
         values, codes, step, inverse_rms = _BellBox.apply(x, self.scale, self.offset, frozen, *how)
         if self._uses_running_rms and self.training:
             self._update_running_statistics(inverse_rms)
@@ -116,15 +130,23 @@ class BBQ(Quantizer):
         running.lerp_(torch.where(usable, inverse_rms.to(running.dtype), running), 1 - RUNNING_DECAY)
 
     def initial_scale(self, x: Tensor) -> Tensor:
-        rms = rotate(wide(x), self.rotation).square().mean().sqrt()
+        rms = mean_over(rotate(wide(x), self.rotation).square().mean(), self.ranks).sqrt()
         if self.rms == "running":
             self.running_inverse_rms.copy_(1 / rms.clamp_min(SMALLEST_SIZE))
         if self.start is not None:
             return self.start + 0 * rms  # an overflow shows
-        return BELL_SCALE * rms.clamp_min(SMALLEST_SIZE)
+        return BELL_SCALE * (rms / rms if self.restore_rms else rms.clamp_min(SMALLEST_SIZE))
 
     def step(self) -> Tensor:
-        return self.scale / 2 ** (self.bits - 1)
+        step = self.scale / 2 ** (self.bits - 1)
+        return step / self.running_inverse_rms if self.restore_rms and self.rms == "running" else step
+
+    def decode(self, codes: Tensor, step: Tensor | None = None) -> Tensor:
+        """Values of `codes`. Where the input's RMS is in the step, the step belongs to it: pass `quantize(x).step`."""
+        if step is None and self.restore_rms and self.rms != "running":
+            why = "the step of bbq with restore_rms holds the input's RMS"
+            raise ValueError(f"{why}: pass step=quantizer.quantize(x).step")
+        return super().decode(codes, step)
 
     @torch.no_grad()
     def bin_width(self, x: Tensor) -> Tensor:
@@ -141,6 +163,7 @@ class BBQ(Quantizer):
             "learn_scale": self.scale.requires_grad,
             "learn_offset": self.offset is not None,
             "start": self.start,
+            "restore_rms": self.restore_rms,
         }
 
 
@@ -148,14 +171,15 @@ def _paper_zero_point(bits: int) -> float:
     return -0.5 if bits in (1, 2) else 0.0
 
 
-def _inverse_rms(h: Tensor, group: str) -> Tensor:
-    """1 / RMS over the group: shape (1,) for the whole tensor, (..., 1) over the last dimension."""
+def _inverse_rms(h: Tensor, group: str, ranks: Ranks = ALONE) -> Tensor:
+    """1 / RMS over the group: shape (1,) for the whole tensor (of all `ranks`), (..., 1) over the last dimension."""
     if group == "none":
         return 1 + 0 * h.sum().reshape(1)
     if group in ("row", "token"):
         norm, count = torch.linalg.vector_norm(h, dim=-1, keepdim=True), h.shape[-1]
     else:
         norm, count = torch.linalg.vector_norm(h).reshape(1), h.numel()
+        norm = norm if ranks.group is None else mean_over(norm.square(), ranks).sqrt()
     return (norm * max(count, 1) ** -0.5).clamp_min(SMALLEST_SIZE).reciprocal()
 
 
@@ -179,9 +203,11 @@ class _BellBox(torch.autograd.Function):
         estimator: str,
         rms_gradient: bool,
         is_weight: bool,
+        ranks: Ranks,
+        restore_rms: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         h = rotate(wide(x), rotation)
-        inverse_rms = _inverse_rms(h, group) if frozen_inverse_rms is None else frozen_inverse_rms.to(h.dtype)
+        inverse_rms = _inverse_rms(h, group, ranks) if frozen_inverse_rms is None else frozen_inverse_rms.to(h.dtype)
         half = 2 ** (bits - 1)
         # n Phi(v) - 1/2 = n/2 erf(v / sqrt(2)) + (n - 1)/2
         place = (h * (inverse_rms * math.sqrt(0.5))).erf_().mul_(half).add_(half - 0.5)
@@ -192,12 +218,14 @@ class _BellBox(torch.autograd.Function):
         # nothing of x.
         trace_of_nan = 0 / inverse_rms if frozen_inverse_rms is None else 0 * h.sum()
         step = scale.to(h.dtype) / half + trace_of_nan
+        step = step / inverse_rms if restore_rms else step
         # Gradients come out of products in this type; what is kept for them, and their rotation, may be as narrow. A
         # weight is there anyway; of activations keep the rotated ones, which spares the backward pass a rotation.
         ctx.narrow, ctx.kept_rotated = product_dtype(x), not is_weight
         ctx.save_for_backward(h.to(ctx.narrow) if ctx.kept_rotated else x, scale, codes, inverse_rms)
         ctx.group = group if frozen_inverse_rms is None and group != "none" and rms_gradient else None
         ctx.bits, ctx.zero_point, ctx.rotation, ctx.estimator = bits, zero_point, rotation, estimator
+        ctx.ranks, ctx.restore_rms = ranks, restore_rms
         ctx.x_dtype, ctx.offset = x.dtype, None if offset is None else (offset.shape, offset.dtype)
         ctx.mark_non_differentiable(codes, step, inverse_rms)
         values = code.sub_(zero_point).mul_(step)
@@ -207,25 +235,33 @@ class _BellBox(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         kept, scale, codes, inverse_rms = ctx.saved_tensors
         grad_x = grad_scale = grad_offset = None
-        damping = 1 / math.sqrt(max(kept.numel(), 1))
+        damping = 1 / math.sqrt(max(kept.numel(), 1) * ctx.ranks.size)
         if ctx.needs_input_grad[1]:
             levels = codes.to(g.dtype).sub_(ctx.zero_point)
+            levels = levels.div_(inverse_rms) if ctx.restore_rms else levels
             grad_scale = (sum_to(levels.mul_(g), scale) * (2.0 ** (1 - ctx.bits) * damping)).to(scale.dtype)
         if ctx.needs_input_grad[2]:
             shape, dtype = ctx.offset
             grad_offset = (g.sum_to_size(shape) * damping).to(dtype)
         if ctx.needs_input_grad[0]:
             h = wide(kept) if ctx.kept_rotated else rotate(wide(kept), ctx.rotation)
-            grad_h = _estimate(g, h * inverse_rms, scale.to(h.dtype) * inverse_rms, ctx)
+            relative_scale = scale.to(h.dtype) * (1 if ctx.restore_rms else inverse_rms)
+            v = h * inverse_rms
+            grad_h = _estimate(g, v, relative_scale, ctx)
+            if ctx.restore_rms and ctx.group is not None:
+                levels = codes.to(v.dtype).sub_(ctx.zero_point)
+                through_rms = levels.mul_(g).mul_(scale.to(v.dtype) * 2.0 ** (1 - ctx.bits))
+                grad_h = grad_h + v * _mean_over_group(through_rms, ctx.group, ctx.ranks)
             grad_x = rotate_gradient(grad_h, ctx.rotation, ctx.narrow).to(ctx.x_dtype)
-        return grad_x, grad_scale, grad_offset, *[None] * 8
+        return grad_x, grad_scale, grad_offset, *[None] * 10
 
 
 def _estimate(g: Tensor, v: Tensor, relative_scale: Tensor, ctx: Any) -> Tensor:
-    """dL/dh from g = dL/dy and v = h / RMS(h); relative_scale = scale / RMS(h)."""
+    """dL/dh from g = dL/dy and v = h / RMS(h), but for what passes through a restored RMS; relative_scale = the
+    output's scale / RMS(h)."""
     if ctx.estimator == "bell":
         u = v.square().mul_(-0.5).exp_().mul_(g).mul_(relative_scale * math.sqrt(2 / math.pi))
-        return _remove_radial_part(u, v, ctx.group)
+        return _remove_radial_part(u, v, ctx.group, ctx.ranks)
     if ctx.estimator == "identity":
         return g
     n = 2**ctx.bits
@@ -242,10 +278,16 @@ def bell_clip(bits: int) -> float:
     return 2 * quantile(1 - 1 / n) - quantile(1 - 2 / n)
 
 
-def _remove_radial_part(u: Tensor, v: Tensor, group: str | None) -> Tensor:
+def _remove_radial_part(u: Tensor, v: Tensor, group: str | None, ranks: Ranks) -> Tensor:
     """u - v mean(u v), in place: the gradient through the RMS. A constant RMS (None) has none."""
     if group is None:
         return u
     if group in ("row", "token"):
         return u.addcmul_(v, torch.linalg.vecdot(u, v).unsqueeze(-1) / max(v.shape[-1], 1), value=-1)
-    return u.addcmul_(v, torch.dot(u.flatten(), v.flatten()) / max(v.numel(), 1), value=-1)
+    return u.addcmul_(v, mean_over(torch.dot(u.flatten(), v.flatten()) / max(v.numel(), 1), ranks), value=-1)
+
+
+def _mean_over_group(x: Tensor, group: str, ranks: Ranks) -> Tensor:
+    if group in ("row", "token"):
+        return x.mean(-1, keepdim=True)
+    return mean_over(x.mean(), ranks)

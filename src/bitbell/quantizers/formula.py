@@ -89,7 +89,7 @@ class FormulaQuantizer(Quantizer):
             return frozen.to(h.dtype) + 0 * h.detach().sum()
         if self.statistic is None:
             return 0 * h.detach().sum().reshape(1)  # nothing but the trace of NaN
-        return size_of(h.detach(), self.statistic, self.granularity in ("row", "token"))
+        return size_of(h.detach(), self.statistic, self.granularity in ("row", "token"), self.ranks)
 
     @torch.no_grad()
     def _update_running_size(self, size: Tensor) -> None:
@@ -101,7 +101,7 @@ class FormulaQuantizer(Quantizer):
     def initial_scale(self, x: Tensor) -> Tensor:
         """Of a computed scale: the statistic, as `decode` without a step needs it."""
         assert self.statistic is not None
-        size = size_of(rotate(wide(x), self.rotation), self.statistic, self.rows is not None)
+        size = size_of(rotate(wide(x), self.rotation), self.statistic, self.rows is not None, self.ranks)
         if self.granularity == "running":
             self.running_size.copy_(size)
         return size

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from bitbell.kernels import product_dtype, rotate, rotate_gradient
 from bitbell.quantizers.base import Quantized, Quantizer, sum_to, wide
+from bitbell.quantizers.ranks import ALONE, Ranks
 from bitbell.quantizers.steps import SMALLEST_SIZE, size_of
 
 
@@ -40,10 +41,10 @@ class LSQ(Quantizer):
     def quantize(self, x: Tensor) -> Quantized:
         self.check_input(x)
         self.require_calibrated()
-        return Quantized(*_LearnedStep.apply(x, self.scale, self.bits, self.rotation))
+        return Quantized(*_LearnedStep.apply(x, self.scale, self.bits, self.rotation, self.ranks.size))
 
     def initial_scale(self, x: Tensor) -> Tensor:
-        return lsq_start(rotate(wide(x), self.rotation), self.bits, self.rows is not None)
+        return lsq_start(rotate(wide(x), self.rotation), self.bits, self.rows is not None, self.ranks)
 
     def step(self) -> Tensor:
         return self.scale.clamp_min(SMALLEST_SIZE)
@@ -52,9 +53,9 @@ class LSQ(Quantizer):
         return {name: value for name, value in super().options().items() if name != "zero_point"}
 
 
-def lsq_start(h: Tensor, bits: int, by_row: bool) -> Tensor:
+def lsq_start(h: Tensor, bits: int, by_row: bool, ranks: Ranks = ALONE) -> Tensor:
     """The step 2 mean|h| / sqrt(Qp) to start from: (1,), or (rows, 1) by row."""
-    return (2 * size_of(h, "absmean", by_row) / math.sqrt(_top(bits))).clamp_min(SMALLEST_SIZE)
+    return (2 * size_of(h, "absmean", by_row, ranks) / math.sqrt(_top(bits))).clamp_min(SMALLEST_SIZE)
 
 
 def _top(bits: int) -> int:
@@ -65,7 +66,9 @@ class _LearnedStep(torch.autograd.Function):
     """The formulas above. Keeps `x` and the codes (int8) for the backward pass and recomputes the rest."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, bits: int, rotation: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, bits: int, rotation: int | None, shares: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
         h = rotate(wide(x), rotation)
         step = scale.to(h.dtype).clamp_min(SMALLEST_SIZE)
         half = 2 ** (bits - 1)
@@ -74,6 +77,7 @@ class _LearnedStep(torch.autograd.Function):
         traced_step = step + 0 * h.sum()  # NaN or infinity in x shows in the step, since int8 cannot carry it
         ctx.save_for_backward(x, scale, codes)
         ctx.bits, ctx.rotation, ctx.narrow = bits, rotation, product_dtype(x)
+        ctx.numel = max(x.numel(), 1) * shares  # of the whole batch, of which `x` may be one share
         ctx.mark_non_differentiable(codes, traced_step)
         return (code + 0.5) * traced_step, codes, traced_step
 
@@ -85,5 +89,6 @@ class _LearnedStep(torch.autograd.Function):
         ratio = h / scale.to(h.dtype).clamp_min(SMALLEST_SIZE)
         inside = (ratio - 0.5 >= -half) & (ratio - 0.5 <= half - 1)
         error = codes.to(g.dtype) + 0.5 - torch.where(inside, ratio, 0.0)
-        grad_scale = sum_to(g * error, scale) / math.sqrt(max(h.numel(), 1) * _top(ctx.bits))
-        return rotate_gradient(g * inside, ctx.rotation, ctx.narrow).to(x.dtype), grad_scale.to(scale.dtype), None, None
+        grad_scale = sum_to(g * error, scale) / math.sqrt(ctx.numel * _top(ctx.bits))
+        grad_x = rotate_gradient(g * inside, ctx.rotation, ctx.narrow).to(x.dtype)
+        return grad_x, grad_scale.to(scale.dtype), None, None, None

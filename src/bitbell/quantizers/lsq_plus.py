@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from bitbell.kernels import rotate
 from bitbell.quantizers.base import Quantized, wide
 from bitbell.quantizers.formula import FormulaQuantizer
+from bitbell.quantizers.ranks import mean_over
 from bitbell.quantizers.steps import OPTIMAL_CLIP, SMALLEST_SIZE, at_least, round_through, scale_gradient
 
 
@@ -42,7 +43,7 @@ class LSQPlus(FormulaQuantizer):
 
     def formula(self, h: Tensor, size: Tensor) -> Quantized:
         half = 2 ** (self.bits - 1)
-        factor = 1 / math.sqrt(max(h.numel(), 1) * max(half - 1, 1))
+        factor = 1 / math.sqrt(max(h.numel(), 1) * self.ranks.size * max(half - 1, 1))
         step = scale_gradient(at_least(self.scale.to(h.dtype), SMALLEST_SIZE), factor)
         offset = None if self.offset is None else scale_gradient(self.offset.to(h.dtype), factor)
         centred = h if offset is None else h - offset
@@ -53,11 +54,12 @@ class LSQPlus(FormulaQuantizer):
     def initial_scale(self, x: Tensor) -> Tensor:
         h = rotate(wide(x), self.rotation)
         h = h.reshape(1, -1) if self.rows is None else h
-        mean = h.mean(-1, keepdim=True)
+        mean = mean_over(h.mean(-1, keepdim=True), self.ranks)
         if self.offset is not None:
             self.offset.copy_(mean.reshape(self.offset.shape))
             h = h - mean
-        step = 2 * OPTIMAL_CLIP[self.bits] / (2**self.bits - 1) * h.square().mean(-1, keepdim=True).sqrt()
+        rms = mean_over(h.square().mean(-1, keepdim=True), self.ranks).sqrt()
+        step = 2 * OPTIMAL_CLIP[self.bits] / (2**self.bits - 1) * rms
         return step.reshape(self.scale.shape).clamp_min(SMALLEST_SIZE)
 
     def step(self) -> Tensor:

@@ -96,7 +96,7 @@ class N2UQActivations(FormulaQuantizer):
         return Quantized((count - top / 2) * step, codes, step)
 
     def initial_scale(self, x: Tensor) -> Tensor:
-        rms = size_of(rotate(wide(x), self.rotation), "rms", by_row=False)
+        rms = size_of(rotate(wide(x), self.rotation), "rms", by_row=False, ranks=self.ranks)
         self.interval.copy_(4 * rms / (2**self.bits - 1))
         self.segments.copy_(self.interval.expand_as(self.segments))
         self.start.copy_(-2 * rms)

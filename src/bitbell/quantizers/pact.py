@@ -43,7 +43,7 @@ class PACT(FormulaQuantizer):
         return Quantized(straight_through((code + 0.5) * step, clipped), code.to(torch.int8), step)
 
     def initial_scale(self, x: Tensor) -> Tensor:
-        step = lsq_start(rotate(wide(x), self.rotation), self.bits, self.rows is not None)
+        step = lsq_start(rotate(wide(x), self.rotation), self.bits, self.rows is not None, self.ranks)
         return (step * (2**self.bits - 1) / 2).clamp_min(SMALLEST_SIZE)
 
     def step(self) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from bitbell.kernels import ROTATION_BLOCK, product_dtype, rotate, rotate_gradient
 from bitbell.quantizers.base import Quantized, Quantizer, wide
+from bitbell.quantizers.ranks import Ranks, mean_over
 from bitbell.quantizers.steps import BELL_SCALE, OPTIMAL_CLIP
 
 TUNED_ONE_BIT_MASK = 1.30
@@ -66,12 +67,12 @@ class QuEST(Quantizer):
         n = 2**self.bits
         mask_scale = n / (n - 1) if self.mask_scale is None else self.mask_scale
         mask_scale = 1.0 if self.estimator == "clip" else mask_scale
-        how = self.bits, mask_scale, self.rotation, self.estimator
+        how = self.bits, mask_scale, self.rotation, self.estimator, self.ranks
         return Quantized(*_TrustQuantize.apply(x, self.rms == "tensor", *how))
 
     def initial_scale(self, x: Tensor) -> Tensor:
-        clip = _clip(rotate(wide(x), self.rotation), self.rms == "tensor", self.bits)
-        return clip.mean().reshape(1) if self.rms == "token" else clip
+        clip = _clip(rotate(wide(x), self.rotation), self.rms == "tensor", self.bits, self.ranks)
+        return mean_over(clip.mean().reshape(1), self.ranks) if self.rms == "token" else clip
 
     def step(self) -> Tensor:
         return 2 * self.scale / (2**self.bits - 1)
@@ -88,9 +89,9 @@ class QuEST(Quantizer):
         return kept | {"rms": rms, "mask_scale": self.mask_scale, "estimator": self.estimator}
 
 
-def _clip(h: Tensor, whole_tensor: bool, bits: int) -> Tensor:
+def _clip(h: Tensor, whole_tensor: bool, bits: int, ranks: Ranks) -> Tensor:
     square = h.square()
-    mean = square.mean().reshape(1) if whole_tensor else square.mean(-1, keepdim=True)
+    mean = mean_over(square.mean().reshape(1), ranks) if whole_tensor else square.mean(-1, keepdim=True)
     return OPTIMAL_CLIP[bits] * mean.sqrt() + 1e-8
 
 
@@ -99,10 +100,17 @@ class _TrustQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, whole_tensor: bool, bits: int, mask_scale: float, rotation: int | None, estimator: str
+        ctx: Any,
+        x: Tensor,
+        whole_tensor: bool,
+        bits: int,
+        mask_scale: float,
+        rotation: int | None,
+        estimator: str,
+        ranks: Ranks,
     ) -> tuple[Tensor, Tensor, Tensor]:
         h = rotate(wide(x), rotation)
-        clip = _clip(h, whole_tensor, bits)
+        clip = _clip(h, whole_tensor, bits, ranks)
         step = 2 * clip / (2**bits - 1)
         half = 2 ** (bits - 1)
         code = (h / step - 0.5).round().clamp(-half, half - 1)
@@ -117,7 +125,7 @@ class _TrustQuantize(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         (slope,) = ctx.saved_tensors
         grad_h = g if slope is None else g * slope
-        return rotate_gradient(grad_h, ctx.rotation, ctx.narrow).to(ctx.x_dtype), *[None] * 5
+        return rotate_gradient(grad_h, ctx.rotation, ctx.narrow).to(ctx.x_dtype), *[None] * 6
 
 
 def _slope(h: Tensor, clip: Tensor, bits: int, mask_scale: float, estimator: str, dtype: torch.dtype) -> Tensor | None:

@@ -38,7 +38,7 @@ class SEQ(FormulaQuantizer):
 
     def formula(self, h: Tensor, size: Tensor) -> Quantized:
         m = 2 ** (self.bits - 1)
-        factor = 1 / math.sqrt(max(h.numel(), 1) * max(m - 1, 1))
+        factor = 1 / math.sqrt(max(h.numel(), 1) * self.ranks.size * max(m - 1, 1))
         reach = scale_gradient(at_least(self.scale.to(h.dtype), SMALLEST_RANGE), factor)
         ratio = h / reach
         if self.bits == 1:
@@ -50,7 +50,8 @@ class SEQ(FormulaQuantizer):
 
     def initial_scale(self, x: Tensor) -> Tensor:
         statistic = "absmean" if self.bits == 1 else "absmax"
-        return size_of(rotate(wide(x), self.rotation), statistic, self.rows is not None).clamp_min(SMALLEST_RANGE)
+        size = size_of(rotate(wide(x), self.rotation), statistic, self.rows is not None, self.ranks)
+        return size.clamp_min(SMALLEST_RANGE)
 
     def step(self) -> Tensor:
         reach = self.scale.clamp_min(SMALLEST_RANGE)

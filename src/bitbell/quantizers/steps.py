@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitbell.quantizers.ranks import ALONE, Ranks, largest_over, mean_over
+
 SMALLEST_SIZE = 1e-8  # of a group of zeros, so that everything divided by it stays finite
 STATISTICS = ("rms", "absmax", "absmean")
 RUNNING_DECAY = 0.99  # of the running average of a statistic: BBQ-Fast's, and every method's with granularity "running"
@@ -39,20 +41,21 @@ OPTIMAL_CLIP = {
 
 
 @torch.no_grad()
-def size_of(h: Tensor, statistic: str, by_row: bool) -> Tensor:
-    """RMS, largest or mean magnitude of `h` (..., C): (..., 1) over the last dimension, or (1,) over all of it.
+def size_of(h: Tensor, statistic: str, by_row: bool, ranks: Ranks = ALONE) -> Tensor:
+    """RMS, largest or mean magnitude of `h` (..., C): (..., 1) over the last dimension, or (1,) over all of it
+    and over all `ranks`.
 
     Never below 1e-8; not finite where the group holds NaN or infinity. An empty group measures 1e-8.
     """
     if not h.numel():
         return h.new_full((*h.shape[:-1], 1) if by_row else (1,), SMALLEST_SIZE)
     if statistic == "absmax":
-        size = h.abs().amax(-1, keepdim=True) if by_row else h.abs().amax().reshape(1)
+        size = h.abs().amax(-1, keepdim=True) if by_row else largest_over(h.abs().amax().reshape(1), ranks)
     elif statistic == "absmean":
-        size = h.abs().mean(-1, keepdim=True) if by_row else h.abs().mean().reshape(1)
+        size = h.abs().mean(-1, keepdim=True) if by_row else mean_over(h.abs().mean().reshape(1), ranks)
     else:
         square = h.square()
-        size = (square.mean(-1, keepdim=True) if by_row else square.mean().reshape(1)).sqrt()
+        size = (square.mean(-1, keepdim=True) if by_row else mean_over(square.mean().reshape(1), ranks)).sqrt()
     return size.clamp_min(SMALLEST_SIZE)
 
 
