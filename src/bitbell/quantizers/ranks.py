@@ -19,10 +19,10 @@ from torch import Tensor
 class Ranks(NamedTuple):
     """Processes that hold equal shares of every batch.
 
-    size: how many. group: name of the process group to reduce statistics over; None: each process goes by its own.
+    size: how many, or how many times this share the whole is (rows of a weight, which need not divide). group: name of the process group to reduce statistics over; None: each process goes by its own.
     """
 
-    size: int = 1
+    size: float = 1
     group: str | None = None
 
 
