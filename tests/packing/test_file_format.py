@@ -138,7 +138,7 @@ def output_of(directory: Path, x: Array) -> Array:
     """What layer "0" of the directory makes of x."""
     tensors = {name[2:]: value for name, value in load_file(directory / "model.safetensors").items()}
     quantization = json.loads((directory / "config.json").read_text())["quantization_config"]
-    assert quantization["format_version"] == 2
+    assert quantization["format_version"] == 3
     layer = quantization["layers"]["0"]
     recipe = quantization["recipes"][layer["recipe"]]
     _, inputs = layer["shape"]

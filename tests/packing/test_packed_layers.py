@@ -184,7 +184,9 @@ def test_codes_are_stored_at_their_true_width(make_layer: MakeLayer, bits: int) 
 def test_a_packed_layer_has_no_weight_and_nothing_to_train(make_layer: MakeLayer) -> None:
     packed = pack_layer(make_layer("bbq-w2a2", bias=True))
     assert not any(parameter.requires_grad for parameter in packed.parameters())
+    assert packed.weight.shape == (0,)
     assert set(packed.state_dict()) == {
+        "weight",
         "weight_packed",
         "weight_scale",
         "weight_shape",
@@ -195,6 +197,7 @@ def test_a_packed_layer_has_no_weight_and_nothing_to_train(make_layer: MakeLayer
     }
     packed = pack_layer(make_layer("bbq-w2a2:learn_offset=true,a.granularity=token"))
     assert set(packed.state_dict()) == {
+        "weight",
         "weight_packed",
         "weight_scale",
         "weight_offset",

@@ -15,14 +15,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
 
-from bitbell.layers import quantized_layers
-from bitbell.packing.model import PackedModel, shared_groups
+from bitbell.packing.model import QUANT_METHOD, PackedModel, quantization_of, tied_tensors
 
-FORMAT_VERSION = 2
-READABLE_VERSIONS = (1, 2)
-QUANT_METHOD = "bitbell"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
@@ -61,7 +57,7 @@ def save(
 def _write(packed: PackedModel, folder: Path, tokenizer: str | Path | None) -> None:
     from safetensors.torch import save_file
 
-    tied = _tied_tensors(packed.model)
+    tied = tied_tensors(packed.model)
     state = packed.model.state_dict()
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in state.items() if name not in tied}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -88,13 +84,6 @@ def _put_in_place(partial: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _tied_tensors(model: nn.Module) -> dict[str, str]:
-    """Name -> stored name of what the model has under another name already: tied embeddings, a shared layer."""
-    first: dict[int, str] = {}
-    names = {name: first.setdefault(id(t), name) for name, t in model.state_dict(keep_vars=True).items()}
-    return {name: stored for name, stored in names.items() if name != stored}
-
-
 def _check_target(target: Path, overwrite: bool) -> None:
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
@@ -114,32 +103,13 @@ def _is_packed(folder: Path) -> bool:
 
 def describe(packed: PackedModel) -> dict[str, Any]:
     """The config.json of a packed model."""
-    layers = dict(quantized_layers(packed.model))
-    recipes: list[dict[str, Any]] = []
-    entries: dict[str, dict[str, Any]] = {}
-    for name, layer in layers.items():
-        recipe = layer.recipe.to_dict()
-        if recipe not in recipes:
-            recipes.append(recipe)
-        entries[name] = {
-            "recipe": recipes.index(recipe),
-            "shape": [layer.out_features, layer.in_features],
-            "rotation": layer.rotation,
-            "weight_zero_point": layer.weight_zero_point,
-            "bias": layer.bias is not None,
-        }
     inner: Any = packed.model
-    config = inner.config.to_dict() if hasattr(inner, "config") else {}
-    quantization = {
-        "quant_method": QUANT_METHOD,
-        "format_version": FORMAT_VERSION,
-        "packing": "little-endian-int32-rows",
-        "recipes": recipes,
-        "layers": entries,
-        "shared_inputs": shared_groups(layers),
-        "tied_tensors": _tied_tensors(packed.model),
-    }
-    return config | {"quantization_config": quantization}
+    config: dict[str, Any] = {}
+    if hasattr(inner, "config"):
+        config = inner.config.to_dict() | {"architectures": [type(inner).__name__]}
+        if isinstance(dtype := getattr(inner, "dtype", None), torch.dtype):  # transformers makes the model in it
+            config["dtype"] = str(dtype).removeprefix("torch.")
+    return config | {"quantization_config": quantization_of(inner)}
 
 
 def read_config(folder: Path) -> dict[str, Any]:

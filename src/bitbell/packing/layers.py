@@ -34,9 +34,11 @@ class PackedLinear(nn.Module, QuantizedLayer):
 
     weight_packed: int32 (O, packed_words(I, bits)), see `bitbell.kernels.pack_codes`. weight_scale: float32 (O, 1),
     the value of one level. weight_offset: float32 (O, 1), added to every value, or None. weight_shape: int64 (O, I).
-    bias: float32 (O,) or None. activation_quantizer: None leaves inputs alone.
+    bias: float32 (O,) or None. activation_quantizer: None leaves inputs alone. weight: always empty; a reader that
+    knows nothing of packing finds it of the wrong shape and stops, where it would start from random weights otherwise.
     """
 
+    weight: Tensor
     weight_packed: Tensor
     weight_scale: Tensor
     weight_offset: Tensor | None
@@ -49,6 +51,7 @@ class PackedLinear(nn.Module, QuantizedLayer):
         with torch.device(device or torch.get_default_device()):
             weight_quantizer, self.activation_quantizer = recipe.quantizers_for(out_features, in_features)
             words = packed_words(in_features, recipe.weights)
+            self.register_buffer("weight", torch.empty(0))
             self.register_buffer("weight_packed", torch.zeros(out_features, words, dtype=torch.int32))
             self.register_buffer("weight_scale", torch.zeros(out_features, 1))
             has_offset = weight_quantizer.offset is not None

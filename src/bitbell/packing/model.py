@@ -13,6 +13,10 @@ from torch import Tensor, nn
 from bitbell.layers import SharedInput, TrainedLayer, quantized_layers
 from bitbell.packing.layers import PackedLinear
 
+FORMAT_VERSION = 3
+READABLE_VERSIONS = (1, 2, 3)
+QUANT_METHOD = "bitbell"
+
 
 class PackedModel(nn.Module):
     """A model whose quantized layers are packed. Called, generated from and evaluated like the model it holds.
@@ -23,6 +27,8 @@ class PackedModel(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model.eval()
+        if hasattr(model, "config"):  # so that the model's own `save_pretrained` says how to read what it writes
+            model.config.quantization_config = quantization_of(model)
         self.kept_in_full_precision: dict[str, str] = model.__dict__.get("kept_in_full_precision", {})
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -77,6 +83,40 @@ def pack(model: nn.Module) -> PackedModel:
             packed[name].share_input(shared, place)
     twin = copy.deepcopy(model, memo)
     return PackedModel(twin.requires_grad_(False))
+
+
+def quantization_of(model: nn.Module) -> dict[str, Any]:
+    """The `quantization_config` of a model with packed layers: everything about them but their tensors."""
+    layers = dict(quantized_layers(model))
+    recipes: list[dict[str, Any]] = []
+    entries: dict[str, dict[str, Any]] = {}
+    for name, layer in layers.items():
+        recipe = layer.recipe.to_dict()
+        if recipe not in recipes:
+            recipes.append(recipe)
+        entries[name] = {
+            "recipe": recipes.index(recipe),
+            "shape": [layer.out_features, layer.in_features],
+            "rotation": layer.rotation,
+            "weight_zero_point": layer.weight_zero_point,
+            "bias": layer.bias is not None,
+        }
+    return {
+        "quant_method": QUANT_METHOD,
+        "format_version": FORMAT_VERSION,
+        "packing": "little-endian-int32-rows",
+        "recipes": recipes,
+        "layers": entries,
+        "shared_inputs": shared_groups(layers),
+        "tied_tensors": tied_tensors(model),
+    }
+
+
+def tied_tensors(model: nn.Module) -> dict[str, str]:
+    """Name -> stored name of what the model has under another name already: tied embeddings, a shared layer."""
+    first: dict[int, str] = {}
+    names = {name: first.setdefault(id(t), name) for name, t in model.state_dict(keep_vars=True).items()}
+    return {name: stored for name, stored in names.items() if name != stored}
 
 
 def shared_groups(layers: dict[str, Any]) -> list[list[str]]:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from bitbell.layers import Recipe, SharedInput, is_linear, quantized_layers, replace_module, shape_of
-from bitbell.packing.files import QUANT_METHOD, READABLE_VERSIONS, PackedFileError, read_config
+from bitbell.packing.files import PackedFileError, read_config
 from bitbell.packing.layers import PackedLinear
-from bitbell.packing.model import PackedModel
+from bitbell.packing.model import QUANT_METHOD, READABLE_VERSIONS, PackedModel
 
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # of one model or another
 LARGEST_UNSAVED_BUFFERS = 2**28  # bytes; rotary tables and the like, which a model builds and the file does not hold
@@ -28,27 +28,25 @@ def load(directory: str | Path, *, model: nn.Module | None = None) -> PackedMode
     """
     folder = Path(directory)
     config = read_config(folder)
-    quantization = _check_quantization(folder, config)
-    header = _read_header(folder / "model.safetensors")
-    tied = _check_tied(folder, quantization, header)
-    header |= {name: header[stored] for name, stored in tied.items()}
+    quantization = check_quantization(folder, config["quantization_config"])
+    header = read_header(folder / "model.safetensors")
+    tied = check_tied(folder, quantization, header)
     build = (lambda: model) if model is not None else _hugging_face_builder(folder, config, len(header))
     if model is None:
         # Nothing of the claimed size is allocated before the file has shown that it holds that much.
         with torch.device("meta"):
-            outline = _with_packed_layers(folder, build(), quantization)
-        _check_tensors(folder, outline, header)
+            outline = with_packed_layers(folder, build(), quantization)
+        check_tensors(folder, outline, header)
         _check_unsaved_buffers(folder, outline)
-    twin = _with_packed_layers(folder, build(), quantization)
-    _check_tensors(folder, twin, header)
+    twin = with_packed_layers(folder, build(), quantization)
+    check_tensors(folder, twin, header)
     twin.load_state_dict(_read_tensors(folder / "model.safetensors", twin, tied), assign=True)
-    _check_values(folder, twin)
+    check_values(folder, twin)
     return PackedModel(twin.requires_grad_(False))
 
 
-def _check_quantization(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+def check_quantization(folder: Path, quantization: dict[str, Any]) -> dict[str, Any]:
     """The quantization_config, once its version is ours and every entry is what it must be."""
-    quantization: dict[str, Any] = config["quantization_config"]
     where = folder / "config.json"
     if quantization.get("quant_method") != QUANT_METHOD:
         raise PackedFileError(
@@ -56,7 +54,7 @@ def _check_quantization(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
         )
     version = quantization.get("format_version")
     if type(version) is not int or version not in READABLE_VERSIONS:
-        reads = " and ".join(map(str, READABLE_VERSIONS))
+        reads = f"{READABLE_VERSIONS[0]} to {READABLE_VERSIONS[-1]}"
         raise PackedFileError(f"{where}: format_version is {version!r}, this bitbell reads {reads}")
     recipes, layers, groups = (quantization.get(key) for key in ("recipes", "layers", "shared_inputs"))
     if not isinstance(recipes, list) or not isinstance(layers, dict) or not isinstance(groups, list) or not layers:
@@ -77,8 +75,8 @@ def _check_groups(where: Path, groups: list[Any], layers: dict[str, Any]) -> Non
         seen |= set(group)
 
 
-def _check_tied(folder: Path, quantization: dict[str, Any], header: Mapping[str, Any]) -> dict[str, str]:
-    """tied_tensors: name -> the name that the tensor is stored under."""
+def check_tied(folder: Path, quantization: dict[str, Any], header: dict[str, Any]) -> dict[str, str]:
+    """tied_tensors: name -> the name that the tensor is stored under. The `header` gets them under both."""
     tied: Any = quantization.get("tied_tensors", {})
     where = f"{folder / 'config.json'}: tied_tensors"
     if not isinstance(tied, dict):
@@ -86,6 +84,7 @@ def _check_tied(folder: Path, quantization: dict[str, Any], header: Mapping[str,
     for name, stored in tied.items():
         if name in header or not isinstance(stored, str) or stored not in header:
             raise PackedFileError(f"{where} says that {name} is stored as {stored!r}, which the file does not bear out")
+    header |= {name: header[stored] for name, stored in tied.items()}
     return tied
 
 
@@ -162,7 +161,8 @@ def _check_depth(where: Path, depth: Any, num_tensors: int) -> None:
         raise PackedFileError(f"{where}: num_hidden_layers is {depth!r}, but the file holds {num_tensors} tensors")
 
 
-def _with_packed_layers(folder: Path, model: nn.Module, quantization: dict[str, Any]) -> nn.Module:
+def with_packed_layers(folder: Path, model: nn.Module, quantization: dict[str, Any]) -> nn.Module:
+    """`model` with the layers of the quantization_config replaced, in place, by packed ones that wait for tensors."""
     where = folder / "config.json"
     packed: dict[str, PackedLinear] = {}
     recipes = [_read_recipe(where, recipe) for recipe in quantization["recipes"]]
@@ -213,7 +213,7 @@ def _share(where: Path, layers: list[PackedLinear]) -> None:
         layer.share_input(shared, place)
 
 
-def _read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Name -> (dtype, shape) of a safetensors file, whose own reader checks sizes and offsets."""
     from safetensors import safe_open
 
@@ -237,15 +237,16 @@ _DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", t
 _OF_QUANTIZERS = re.compile(r"(^|\.)(weight_scale|weight_offset|activation_quantizer\.[a-z_]+)$")  # always float32
 
 
-def _check_tensors(folder: Path, model: nn.Module, header: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+def check_tensors(folder: Path, model: nn.Module, header: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+    """Raise PackedFileError unless the file has the tensors of `model`, all of them and no others."""
     path = folder / "model.safetensors"
     expected = model.state_dict()
-    for name in sorted(expected.keys() - header.keys()):
+    for name in sorted(expected.keys() - header.keys() - _empty_weights(model)):
         raise PackedFileError(f"{path}: the tensor {name} is missing")
     for name in sorted(header.keys() - expected.keys()):
         raise PackedFileError(f"{path}: the tensor {name} has no place in the model")
-    for name, tensor in expected.items():
-        dtype, shape = header[name]
+    for name in expected.keys() & header.keys():
+        tensor, (dtype, shape) = expected[name], header[name]
         narrow = dtype in ("F16", "BF16", "F32") and not _OF_QUANTIZERS.search(name)
         floats = tensor.is_floating_point() and narrow
         if shape != tuple(tensor.shape) or (dtype != _DTYPES.get(tensor.dtype) and not floats):
@@ -253,6 +254,12 @@ def _check_tensors(folder: Path, model: nn.Module, header: Mapping[str, tuple[st
                 f"{path}: the tensor {name} is {dtype} {shape}, "
                 f"but must be {_DTYPES.get(tensor.dtype)} {tuple(tensor.shape)}"
             )
+
+
+def _empty_weights(model: nn.Module) -> set[str]:
+    """Names of packed layers' empty `weight`, which files of versions 1 and 2 do not have."""
+    modules = model.named_modules(remove_duplicate=False)
+    return {f"{name}.weight" for name, module in modules if isinstance(module, PackedLinear)}
 
 
 def _check_unsaved_buffers(folder: Path, outline: nn.Module) -> None:
@@ -275,10 +282,12 @@ def _read_tensors(path: Path, model: nn.Module, tied: Mapping[str, str]) -> dict
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for name in tensors.keys() & parameters:
         tensors[name] = nn.Parameter(tensors[name], requires_grad=False)
-    return tensors | {name: tensors[stored] for name, stored in tied.items()}
+    tensors |= {name: tensors[stored] for name, stored in tied.items()}
+    return {name: torch.empty(0) for name in _empty_weights(model)} | tensors
 
 
-def _check_values(folder: Path, model: nn.Module) -> None:
+def check_values(folder: Path, model: nn.Module) -> None:
+    """Raise PackedFileError for a loaded tensor that holds what no packed model has."""
     path = folder / "model.safetensors"
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
