@@ -19,7 +19,8 @@ from torch import Tensor
 class Ranks(NamedTuple):
     """Processes that hold equal shares of every batch.
 
-    size: how many, or how many times this share the whole is (rows of a weight, which need not divide). group: name of the process group to reduce statistics over; None: each process goes by its own.
+    size: how many; a fraction where shares are not equal, as the rows of a weight need not be. group: name of the
+    process group to reduce statistics over; None: each process goes by its own.
     """
 
     size: float = 1
