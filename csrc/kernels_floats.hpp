@@ -1,48 +1,35 @@
 // The float side of every level: rotation, quantization, epilogue, and the small operations of a transformer. Written
-// once in vectors of 16 lanes, which the compiler maps to whatever the including file's instruction set has; lanes,
-// order and rounding are the same everywhere, so that every level gives the same bits (files are compiled with
-// -ffp-contract=off). Everything has internal linkage: code of one instruction set must never be linked into another.
+// once in vectors of 16 lanes; lanes, order and rounding are the same everywhere, so that every level gives the same bits
+// (files are compiled with -ffp-contract=off). Everything has internal linkage: code of one instruction set must never be linked into another.
 #pragma once
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #include <cmath>
 #include <cstring>
 
 #include "kernels.hpp"
+#include "vectors.hpp"
 
 namespace bitbell {
 namespace {
 
-using F16 = float __attribute__((vector_size(64)));
-using I16 = int32_t __attribute__((vector_size(64)));
-using U16 = uint32_t __attribute__((vector_size(64)));
-using H16 = uint16_t __attribute__((vector_size(32)));
-using B16 = int8_t __attribute__((vector_size(16)));
-
-#define INLINE static inline __attribute__((always_inline))
-
-INLINE F16 load(const float* p) {
-  F16 v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-INLINE F16 load_part(const float* p, int64_t count, float fill) {
-  F16 v = F16{} + fill;
-  std::memcpy(&v, p, static_cast<size_t>(count) * 4);
-  return v;
-}
-INLINE void store(float* p, F16 v) { std::memcpy(p, &v, sizeof v); }
-INLINE void store_part(float* p, F16 v, int64_t count) { std::memcpy(p, &v, static_cast<size_t>(count) * 4); }
+INLINE F16 load(const float* p) { return load_lanes(p); }
 INLINE F16 all(float x) { return F16{} + x; }
-INLINE F16 as_floats(I16 v) {
-  F16 r;
-  std::memcpy(&r, &v, sizeof r);
-  return r;
+INLINE F16 load_part(const float* p, int64_t count, float fill) {
+  float lanes[16];
+  store(lanes, all(fill));
+  std::memcpy(lanes, p, static_cast<size_t>(count) * 4);
+  return load(lanes);
 }
-INLINE I16 as_integers(F16 v) {
-  I16 r;
-  std::memcpy(&r, &v, sizeof r);
-  return r;
+INLINE void store_part(float* p, F16 v, int64_t count) {
+  float lanes[16];
+  store(lanes, v);
+  std::memcpy(p, lanes, static_cast<size_t>(count) * 4);
 }
-INLINE F16 select(I16 mask, F16 yes, F16 no) { return as_floats((mask & as_integers(yes)) | (~mask & as_integers(no))); }
+INLINE F16 as_floats(I16 v) { return same_bits<float>(v); }
+INLINE I16 as_integers(F16 v) { return same_bits<int32_t>(v); }
 INLINE F16 larger(F16 a, F16 b) { return select(a > b, a, b); }
 INLINE F16 smaller(F16 a, F16 b) { return select(a < b, a, b); }
 INLINE F16 magnitude(F16 v) { return as_floats(as_integers(v) & 0x7fffffff); }
@@ -66,45 +53,44 @@ INLINE void for_width(int bits, Use&& use) {
 // The sum of 16 lanes, halves onto halves.
 INLINE float sum_of(F16 v) {
   float a[16];
-  std::memcpy(a, &v, sizeof a);
+  store(a, v);
   for (int half = 8; half; half /= 2)
     for (int i = 0; i < half; i++) a[i] += a[i + half];
   return a[0];
 }
 INLINE float largest_of(F16 v) {
   float a[16];
-  std::memcpy(a, &v, sizeof a);
+  store(a, v);
   for (int half = 8; half; half /= 2)
     for (int i = 0; i < half; i++) a[i] = a[i] > a[i + half] ? a[i] : a[i + half];
   return a[0];
 }
 INLINE int32_t sum_of(I16 v) {
-  int32_t s = 0;
-  for (int i = 0; i < 16; i++) s += v[i];
+  int32_t a[16], s = 0;
+  store(a, v);
+  for (int i = 0; i < 16; i++) s += a[i];
   return s;
 }
 
 // ---------------------------------------------------------------------------------------------------- rotation
 
-// v becomes v[i ^ s] + v[i] in lanes without bit s, v[i ^ s] - v[i] in lanes with it.
-#define BUTTERFLY(v, s)                                                                                                 \
-  do {                                                                                                                  \
-    const F16 partner = __builtin_shufflevector(v, v, 0 ^ s, 1 ^ s, 2 ^ s, 3 ^ s, 4 ^ s, 5 ^ s, 6 ^ s, 7 ^ s, 8 ^ s,    \
-                                                9 ^ s, 10 ^ s, 11 ^ s, 12 ^ s, 13 ^ s, 14 ^ s, 15 ^ s);                 \
-    const I16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};                                            \
-    const I16 flip = ((lane & s) != 0) & static_cast<int32_t>(0x80000000u);                                             \
-    v = partner + as_floats(as_integers(v) ^ flip);                                                                     \
-  } while (0)
+// v[i ^ s] + v[i] in lanes without bit s, v[i ^ s] - v[i] in lanes with it.
+template <int s>
+INLINE F16 butterfly(F16 v) {
+  int32_t flip[16];
+  for (int i = 0; i < 16; i++) flip[i] = i & s ? INT32_MIN : 0;
+  return partners<s>(v) + as_floats(as_integers(v) ^ load_lanes(flip));
+}
 
 // `kVectors` vectors hold one block, or several small ones; `block` as far as it lies within a vector.
 template <int kVectors>
 INLINE void transform(F16* v, int64_t block) {
 #pragma GCC unroll 8
   for (int i = 0; i < kVectors; i++) {
-    if (block > 1) BUTTERFLY(v[i], 1);
-    if (block > 2) BUTTERFLY(v[i], 2);
-    if (block > 4) BUTTERFLY(v[i], 4);
-    if (block > 8) BUTTERFLY(v[i], 8);
+    if (block > 1) v[i] = butterfly<1>(v[i]);
+    if (block > 2) v[i] = butterfly<2>(v[i]);
+    if (block > 4) v[i] = butterfly<4>(v[i]);
+    if (block > 8) v[i] = butterfly<8>(v[i]);
   }
 #pragma GCC unroll 3
   for (int h = 1; h < kVectors; h *= 2)
@@ -195,8 +181,7 @@ float trace_of_nan(const float* h, int64_t padded) {
 }
 
 INLINE I16 put_codes(I16 code, int8_t* out) {
-  const B16 bytes = __builtin_convertvector(code, B16);
-  std::memcpy(out, &bytes, sizeof bytes);
+  store(out, convert<int8_t>(code));
   return code;
 }
 
@@ -216,18 +201,82 @@ int32_t count_thresholds(const float* h, int64_t k, const float* thresholds, flo
   return sum_of(sum);
 }
 
-// The same for tables of any length, by halving.
-int32_t search_thresholds(const float* h, int64_t k, const float* thresholds, int count, float scale, int8_t* out) {
-  int32_t sum = 0;
-  for (int64_t i = 0; i < k; i++) {
-    int code = 0;
-    for (int step = (count + 1) / 2; step; step /= 2)
-      if (h[i] >= thresholds[code + step - 1] * scale) code += step;
-    const int centred = code - (count + 1) / 2;
-    out[i] = static_cast<int8_t>(centred);
-    sum += centred;
+// tree[i] in each lane, i between 2**kLevel and 2**(kLevel+1) - 1.
+template <int kLevel>
+INLINE F16 entries_of(const float* tree, I16 i) {
+  F16 found;
+#if defined(__AVX512F__)
+  // Tables of 32 in two registers, chosen from by the higher bits of i; instructions ignore the bits beyond theirs.
+  const auto at = reinterpret_cast<__m512i>(i.part[0]);
+  constexpr int kTables = kLevel < 5 ? 1 : 1 << (kLevel - 5);
+  const float* first = tree + (kLevel < 4 ? 0 : 1 << kLevel);
+  __m512 from[kTables];
+#pragma GCC unroll 4
+  for (int j = 0; j < kTables; j++) {
+    const __m512 low = _mm512_loadu_ps(first + 32 * j);
+    if (kLevel < 5) from[j] = _mm512_permutexvar_ps(at, low);
+    else from[j] = _mm512_permutex2var_ps(low, at, _mm512_loadu_ps(first + 32 * j + 16));
   }
-  return sum;
+#pragma GCC unroll 2
+  for (int tables = kTables / 2, bit = 32; tables; tables /= 2, bit *= 2) {
+    const __mmask16 odd = _mm512_test_epi32_mask(at, _mm512_set1_epi32(bit));
+#pragma GCC unroll 2
+    for (int j = 0; j < tables; j++) from[j] = _mm512_mask_blend_ps(odd, from[2 * j], from[2 * j + 1]);
+  }
+  found.part[0] = from[0];
+#elif defined(__AVX2__)
+  // The same with tables of 8 as far as that pays, then by address.
+  constexpr int kTables = kLevel < 4 ? 1 : kLevel < 6 ? 1 << (kLevel - 3) : 0;
+#pragma GCC unroll 2
+  for (int part = 0; part < kParts; part++) {
+    const auto at = reinterpret_cast<__m256i>(i.part[part]);
+    if constexpr (kTables == 0) {
+      found.part[part] = _mm256_i32gather_ps(tree, at, 4);
+    } else {
+      __m256 from[kTables];
+#pragma GCC unroll 4
+      for (int j = 0; j < kTables; j++)
+        from[j] = _mm256_permutevar8x32_ps(_mm256_loadu_ps(tree + (kLevel < 3 ? 0 : 1 << kLevel) + 8 * j), at);
+#pragma GCC unroll 2
+      for (int tables = kTables / 2, place = 3; tables; tables /= 2, place++) {
+        const __m256 odd = _mm256_castsi256_ps(_mm256_slli_epi32(at, 31 - place));
+#pragma GCC unroll 2
+        for (int j = 0; j < tables; j++) from[j] = _mm256_blendv_ps(from[2 * j], from[2 * j + 1], odd);
+      }
+      found.part[part] = from[0];
+    }
+  }
+#else
+  int32_t at[16];
+  float from[16];
+  store(at, i);
+  for (int j = 0; j < 16; j++) from[j] = tree[at[j]];
+  found = load_lanes(from);
+#endif
+  return found;
+}
+
+template <int kLevels, int kLevel = 0>
+INLINE I16 descend(const float* tree, F16 v, I16 i) {
+  if constexpr (kLevel < kLevels) {
+    i += i - (v >= entries_of<kLevel>(tree, i));  // a comparison that holds gives -1
+    return descend<kLevels, kLevel + 1>(tree, v, i);
+  } else {
+    return i;
+  }
+}
+
+// The same for 5 to 8 bits, by halving: down a tree of thresholds, in which entry i has 2i below and 2i + 1 above it.
+template <int kBits>
+int32_t search_thresholds(const float* h, int64_t k, const float* thresholds, float scale, int8_t* out) {
+  constexpr int kCodes = 1 << kBits;
+  alignas(64) float tree[kCodes] = {};
+  for (int level = 0; level < kBits; level++)
+    for (int i = 0; i < 1 << level; i++) tree[(1 << level) + i] = thresholds[((2 * i + 1) << (kBits - 1 - level)) - 1] * scale;
+  I16 sum = {};
+  for (int64_t i = 0; i < k; i += 16)
+    sum += put_codes(descend<kBits>(tree, load(h + i), I16{} + 1) - (kCodes + kCodes / 2), out + i);
+  return sum_of(sum);
 }
 
 // code = clip(round(h / divisor - 1/2)), to even on a tie.
@@ -237,7 +286,7 @@ int32_t round_uniform(const float* h, int64_t k, float divisor, int bits, int8_t
   I16 sum = {};
   for (int64_t i = 0; i < k; i += 16) {
     const F16 v = smaller(larger(load(h + i) / divisor - 0.5f, all(low)), all(-low - 1));
-    sum += put_codes(__builtin_convertvector((v + magic) - magic, I16), out + i);
+    sum += put_codes(convert<int32_t>((v + magic) - magic), out + i);
   }
   return sum_of(sum);
 }
@@ -255,7 +304,10 @@ void quantize(const InputPlan& plan, const float* x, int64_t k, int8_t* codes, f
   else if (plan.bits == 2) *sum = count_thresholds<3>(h, padded, plan.thresholds, divisor, codes);
   else if (plan.bits == 3) *sum = count_thresholds<7>(h, padded, plan.thresholds, divisor, codes);
   else if (plan.bits == 4) *sum = count_thresholds<15>(h, padded, plan.thresholds, divisor, codes);
-  else *sum = search_thresholds(h, padded, plan.thresholds, (1 << plan.bits) - 1, divisor, codes);
+  else if (plan.bits == 5) *sum = search_thresholds<5>(h, padded, plan.thresholds, divisor, codes);
+  else if (plan.bits == 6) *sum = search_thresholds<6>(h, padded, plan.thresholds, divisor, codes);
+  else if (plan.bits == 7) *sum = search_thresholds<7>(h, padded, plan.thresholds, divisor, codes);
+  else *sum = search_thresholds<8>(h, padded, plan.thresholds, divisor, codes);
   for (int64_t i = k; i < padded; i++) {  // what was quantized beyond the end
     *sum -= codes[i];
     codes[i] = 0;
@@ -343,7 +395,7 @@ INLINE F16 exponential(F16 given) {
   p = p * r + 1.0f;
   p = p * r + 1.0f;
   // n is at most 128, which has no exponent of its own: multiply by 2**(n - 1), then by 2.
-  const I16 exponent = (__builtin_convertvector(n, I16) + 126) << 23;
+  const I16 exponent = (convert<int32_t>(n) + 126) << 23;
   return select(given == given, p * as_floats(exponent) * 2.0f, given);
 }
 
@@ -382,12 +434,12 @@ float softmax(float* x, int64_t n) {
   return largest;
 }
 
-INLINE F16 widen(H16 v, bool brain) {
-  const U16 bits = __builtin_convertvector(v, U16);
-  if (brain) return as_floats(__builtin_convertvector(bits << 16, I16));
+INLINE F16 widen(Lanes<uint16_t> v, bool brain) {
+  const U16 bits = convert<uint32_t>(v);
+  if (brain) return same_bits<float>(bits << 16);
   // float16: move exponent and fraction into place, and let a multiplication correct the exponent's bias (finite values).
-  const F16 number = as_floats(__builtin_convertvector((bits & 0x7fffu) << 13, I16)) * 0x1p112f;
-  return as_floats(as_integers(number) | __builtin_convertvector((bits & 0x8000u) << 16, I16));
+  const F16 number = same_bits<float>((bits & 0x7fffu) << 13) * 0x1p112f;
+  return same_bits<float>(same_bits<uint32_t>(number) | (bits & 0x8000u) << 16);
 }
 
 template <bool kBrain>
@@ -397,16 +449,14 @@ float dot_narrow(const uint16_t* a, const float* b, int64_t n) {
   for (; i + 64 <= n; i += 64)
 #pragma GCC unroll 4
     for (int j = 0; j < 4; j++) {
-      H16 v;
       if (j % 2 == 0) __builtin_prefetch(a + i + 16 * j + 1536);
-      std::memcpy(&v, a + i + 16 * j, sizeof v);
-      s[j] += widen(v, kBrain) * load(b + i + 16 * j);
+      s[j] += widen(load_lanes(a + i + 16 * j), kBrain) * load(b + i + 16 * j);
     }
   for (; i < n; i += 16) {
     const int64_t rest = n - i < 16 ? n - i : 16;
-    H16 v = {};
-    std::memcpy(&v, a + i, static_cast<size_t>(rest) * 2);
-    s[0] += widen(v, kBrain) * load_part(b + i, rest, 0);
+    uint16_t lanes[16] = {};
+    std::memcpy(lanes, a + i, static_cast<size_t>(rest) * 2);
+    s[0] += widen(load_lanes(lanes), kBrain) * load_part(b + i, rest, 0);
   }
   return sum_of((s[0] + s[1]) + (s[2] + s[3]));
 }

@@ -287,7 +287,7 @@ def test_unusual_rows_are_quantized_like_any_other(statistic: str) -> None:
             check_quantization(random_plan(bits, bits, statistic, uniform), x[:, :1])
 
 
-@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 8])
+@pytest.mark.parametrize("bits", range(1, 9))
 def test_a_value_on_a_threshold_has_the_code_above_it(bits: int) -> None:
     thresholds = randn(bits, 2**bits - 1).sort().values
     lower = torch.nextafter(thresholds, torch.tensor(-torch.inf))
@@ -297,6 +297,20 @@ def test_a_value_on_a_threshold_has_the_code_above_it(bits: int) -> None:
     above = torch.arange(1, 2**bits) - 2 ** (bits - 1)
     assert torch.equal(codes[0].long(), above)
     assert torch.equal(codes[1].long(), above - 1)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_every_code_is_how_many_thresholds_are_reached(bits: int) -> None:
+    thresholds = randn(bits, 2**bits - 1)
+    thresholds[::3] = thresholds[0]  # as many codes are never reached as thresholds are equal
+    thresholds = thresholds.sort().values
+    around = [torch.nextafter(thresholds, torch.tensor(end)) for end in (-torch.inf, torch.inf)]
+    x = torch.cat([thresholds, *around, randn(bits, 1000)])[None]
+    for scale in (1.0, 0.3):
+        plan = InputPlan(bits, divisor_plus=scale, thresholds=thresholds)
+        codes, _ = same_bits(lambda plan=plan: native.quantize(plan, x))
+        reached = (x[..., None] >= thresholds * scale).sum(-1)
+        assert torch.equal(codes.long(), reached - 2 ** (bits - 1))
 
 
 @pytest.mark.parametrize("bits", [2, 4, 7])
