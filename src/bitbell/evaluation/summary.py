@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from bitbell.evaluation.codes import LayerCodes, layer_codes
-from bitbell.evaluation.loss import measure_loss
+from bitbell.evaluation.loss import LanguageModelLoss, measure_loss
 
 if TYPE_CHECKING:
     from bitbell.data import TokenDataset
@@ -42,10 +42,13 @@ def evaluate(
     limit: int | None = None,
     batch_size: int = 8,
     precision: torch.dtype = torch.float32,
+    measured: LanguageModelLoss | None = None,
+    code_windows: int | None = None,
 ) -> Evaluation:
     """Evaluate a full-precision, quantized or packed causal language model on a split of a token data set.
 
-    limit: number of windows at most (None: all). Activation entropies come from the first few windows. Raises
+    limit: number of windows at most (None: all). measured: the loss, where it is known already. Activation entropies
+    come from the first `code_windows`, by default those of four batches. Raises
     ValueError where the split is shorter than a sequence, the sequence longer than the model's positions, or the
     model's vocabulary smaller than the data's.
     """
@@ -61,8 +64,10 @@ def evaluate(
             f"the data's tokens go up to {dataset.vocab_size - 1}, the model's vocabulary has only {vocabulary}"
         )
     bytes_per_token = dataset.num_bytes(split) / dataset.num_tokens(split)
-    measured = measure_loss(model, data, bytes_per_token=bytes_per_token, batch_size=batch_size, precision=precision)
-    layers = layer_codes(model, data[: 4 * batch_size, :-1].split(batch_size))
+    measured = measured or measure_loss(
+        model, data, bytes_per_token=bytes_per_token, batch_size=batch_size, precision=precision
+    )
+    layers = layer_codes(model, data[: code_windows or 4 * batch_size, :-1].split(batch_size))
     return Evaluation(
         loss=measured.loss,
         perplexity=measured.perplexity,

@@ -25,7 +25,7 @@ FREE_FIELDS = frozenset(
         "keep_checkpoints",
         "entropy_every",
     }
-    | {"tensorboard", "threads", "stop_after", "device", "compile"}
+    | {"tensorboard", "threads", "stop_after", "device", "compile", "distributed"}
 )
 
 
@@ -70,7 +70,7 @@ class TrainConfig:
     steps: int = 300
     """Optimizer steps."""
     batch_size: int = 8
-    """Sequences in a micro-batch."""
+    """Sequences in a micro-batch, over all processes."""
     sequence_length: int = 128
     """Tokens in a sequence."""
     accumulation: int = 1
@@ -114,6 +114,11 @@ class TrainConfig:
     """Use torch.compile (needs a C++ compiler; pays off after some hundred steps)."""
     threads: int | None = None
     """CPU threads; by default PyTorch's choice."""
+    distributed: str = "ddp"
+    """What several processes (torchrun) hold: ddp, each the whole model; fsdp, each rows of every parameter."""
+    sync_statistics: bool = True
+    """Take statistics over all processes' shares of a batch. Without: each over its own, and the running averages
+    are averaged once a step, which saves two short messages a quantizer."""
 
     log_every: int = 10
     """Steps between lines of metrics."""
@@ -153,6 +158,7 @@ class TrainConfig:
         for name in ("fogzo_start", "fogzo_beta", "fogzo_noise", "fogzo_samples"):
             _check(self, name, self.fogzo or getattr(self, name) == getattr(type(self), name), "left out without fogzo")
         _check(self, "precision", self.precision in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16")
+        _check(self, "distributed", self.distributed in ("ddp", "fsdp"), "ddp or fsdp")
         known = re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None
         _check(self, "device", known, "auto, cpu, cuda or cuda:N")
 

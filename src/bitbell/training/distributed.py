@@ -6,8 +6,8 @@ ddp:  every process holds the whole model; gradients are averaged while the back
 fsdp: every process holds rows of every parameter, gradient and moment (FSDP2, a block at a time); weights are gathered
       where they are used, gradients reduced to the rows that a process holds
 
-The global batch of a step is cut into equal shares, one a process, so that 1, 2 and 4 processes take the same steps up to
-the order of sums. Statistics that a quantizer takes over a whole batch are reduced over the processes (`Ranks`).
+The global batch of a step is cut into equal shares, one a process, so that 1, 2 and 4 processes take the same steps up
+to the order of sums. Statistics that a quantizer takes over a whole batch are reduced over the processes (`Ranks`).
 """
 
 from __future__ import annotations
@@ -272,6 +272,10 @@ def measure_together(
     model: nn.Module, windows: Tensor, world: World, *, batch_size: int, precision: torch.dtype, bytes_per_token: float
 ) -> LanguageModelLoss:
     """`measure_loss` with every batch of `batch_size` windows cut into the processes' shares."""
+    if world.size == 1:
+        return measure_loss(
+            model, windows, bytes_per_token=bytes_per_token, batch_size=batch_size, precision=precision
+        )
 
     def loss_of(part: Tensor) -> float:
         share = batch_size // world.size
