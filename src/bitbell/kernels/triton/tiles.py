@@ -1,0 +1,159 @@
+"""What the Triton kernels of quantizers are made of: functions of a tile (rows, columns) in registers."""
+
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def rotate_tile(x, matrix, NORM: tl.constexpr):
+    """A tile (rows, 128) times the block-diagonal matrix of +-1 (bfloat16), times NORM; float32."""
+    if x.dtype == tl.float32:
+        high = x.to(tl.bfloat16)
+        rest = x - high.to(tl.float32)
+        middle = rest.to(tl.bfloat16)
+        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+        h = exact_dot(low, matrix, None)
+        h = exact_dot(middle, matrix, h)
+        h = exact_dot(high, matrix, h)
+    else:
+        h = exact_dot(x, matrix.to(x.dtype), None)
+    return h * NORM
+
+
+@triton.jit
+def exact_dot(a, b, total):
+    """a @ b + total for operands of 16 bits, whose products are exact, added in float32."""
+    if INTERPRETED:  # multiplies the bits of bfloat16 as if they were integers
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+        product = tl.dot(a, b, input_precision="ieee")
+        return product if total is None else product + total
+    elif total is None:
+        return tl.dot(a, b)
+    else:
+        return tl.dot(a, b, total)
+
+
+@triton.jit
+def load_thresholds(table_ptr, BITS: tl.constexpr):
+    """The thresholds of up to 4 bits, in registers."""
+    n: tl.constexpr = 2**BITS - 1
+    t0 = tl.load(table_ptr)
+    t1 = tl.load(table_ptr + min(1, n - 1))
+    t2 = tl.load(table_ptr + min(2, n - 1))
+    t3 = tl.load(table_ptr + min(3, n - 1))
+    t4 = tl.load(table_ptr + min(4, n - 1))
+    t5 = tl.load(table_ptr + min(5, n - 1))
+    t6 = tl.load(table_ptr + min(6, n - 1))
+    t7 = tl.load(table_ptr + min(7, n - 1))
+    t8 = tl.load(table_ptr + min(8, n - 1))
+    t9 = tl.load(table_ptr + min(9, n - 1))
+    t10 = tl.load(table_ptr + min(10, n - 1))
+    t11 = tl.load(table_ptr + min(11, n - 1))
+    t12 = tl.load(table_ptr + min(12, n - 1))
+    t13 = tl.load(table_ptr + min(13, n - 1))
+    t14 = tl.load(table_ptr + min(14, n - 1))
+    return t0, t1, t2, t3, t4, t5, t6, t7, t8, t9, t10, t11, t12, t13, t14
+
+
+@triton.jit
+def count_reached(v, t, BITS: tl.constexpr):
+    """How many of the 2**BITS - 1 rising thresholds `t` are at most v, up to 4 bits; int32."""
+    if BITS == 1:
+        return (v >= t[0]).to(tl.int32)
+    elif BITS == 2:
+        a = v >= t[1]
+        b = v >= tl.where(a, t[2], t[0])
+        return a.to(tl.int32) * 2 + b.to(tl.int32)
+    elif BITS == 3:
+        a = v >= t[3]
+        b = v >= tl.where(a, t[5], t[1])
+        c = v >= tl.where(a, tl.where(b, t[6], t[4]), tl.where(b, t[2], t[0]))
+        return a.to(tl.int32) * 4 + b.to(tl.int32) * 2 + c.to(tl.int32)
+    else:
+        a = v >= t[7]
+        b = v >= tl.where(a, t[11], t[3])
+        c = v >= tl.where(a, tl.where(b, t[13], t[9]), tl.where(b, t[5], t[1]))
+        low = tl.where(b, tl.where(c, t[6], t[4]), tl.where(c, t[2], t[0]))
+        high = tl.where(b, tl.where(c, t[14], t[12]), tl.where(c, t[10], t[8]))
+        d = v >= tl.where(a, high, low)
+        return a.to(tl.int32) * 8 + b.to(tl.int32) * 4 + c.to(tl.int32) * 2 + d.to(tl.int32)
+
+
+@triton.jit
+def codes_of(
+    v,
+    t,
+    table_ptr,
+    BITS: tl.constexpr,
+    CODES: tl.constexpr,
+    ADD: tl.constexpr,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+    PLUS: tl.constexpr,
+):
+    """Centred codes of v, float32 integers; NaN gets the lowest."""
+    half: tl.constexpr = 2 ** (BITS - 1)
+    if CODES == "table":
+        if BITS <= 4:
+            count = count_reached(v, t, BITS)
+        else:
+            count = tl.zeros(v.shape, tl.int32)
+            for i in range(2**BITS - 1):
+                count += (v >= tl.load(table_ptr + i)).to(tl.int32)
+        return (count - half).to(tl.float32)
+    elif CODES == "bell":
+        place = tl.erf(v * 0.7071067811865476) * half + (half - 0.5)
+        return round_even(tl.minimum(tl.maximum(place, 0.0), 2.0 * half - 1.0)) - half
+    else:
+        return round_even(tl.minimum(tl.maximum(v + ADD, LOW), HIGH)) + PLUS
+
+
+@triton.jit
+def round_even(x):
+    """Half to even, of numbers below 2**22: the sum has no room for a fraction."""
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def pack_tile(codes, columns_left, BITS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Unsigned codes (ROWS, WIDTH) int32 -> words (ROWS, WIDTH * BITS / 32) int32; codes past `columns_left` are 0."""
+    codes = tl.where(tl.arange(0, WIDTH)[None, :] < columns_left, codes, 0)
+    per_word: tl.constexpr = 32 // BITS
+    shift = tl.arange(0, per_word) * BITS
+    fields = tl.reshape(codes, (ROWS, WIDTH // per_word, per_word)) << shift[None, None, :]
+    return tl.sum(fields, axis=2)
+
+
+@triton.jit
+def pack_word(codes, columns_left, J: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Word J of the BITS words of every 32 codes, (ROWS, WIDTH / 32) int32: for widths that cross words."""
+    codes = tl.where(tl.arange(0, WIDTH)[None, :] < columns_left, codes, 0)
+    shift = tl.arange(0, 32) * BITS - 32 * J
+    left = tl.where((shift >= 0) & (shift < 32), shift, 0)
+    right = tl.where(shift < 0, -shift, 0)
+    groups = tl.reshape(codes, (ROWS, WIDTH // 32, 32))
+    reaches = ((shift > -BITS) & (shift < 32))[None, None, :]
+    fields = tl.where((shift < 0)[None, None, :], groups >> right[None, None, :], groups << left[None, None, :])
+    return tl.sum(tl.where(reaches, fields, 0), axis=2)
+
+
+@triton.jit
+def load_by_row(ptr, row, is_row, BY_ROW: tl.constexpr):
+    """A number for each row, or one for all, as (ROWS,) float32."""
+    if BY_ROW:
+        return tl.load(ptr + row, mask=is_row, other=1.0).to(tl.float32)
+    else:
+        return tl.load(ptr).to(tl.float32) + tl.zeros(row.shape, tl.float32)
+
+
+@triton.jit
+def load_matrix(matrix_ptr, BLOCK: tl.constexpr):
+    """The rotation's matrix of +-1, (BLOCK, BLOCK) bfloat16."""
+    return tl.load(matrix_ptr + tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :])
