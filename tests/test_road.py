@@ -10,8 +10,8 @@ from pathlib import Path
 import bitbell
 
 ROOT = Path(bitbell.__file__).parent
-ROAD = ["kernels", "data", "models", "quantizers", "layers", "evaluation", "training", "packing", "reports"]
-ROAD += ["comparison", "serving", "cli"]
+ROAD = ["kernels", "data", "models", "quantizers", "layers", "evaluation", "training", "packing", "export"]
+ROAD += ["reports", "comparison", "serving", "cli"]
 
 
 def imported_rooms(path: Path) -> set[str]:

@@ -10,6 +10,7 @@ The folders are the road that the data takes, and imports point back along it on
     evaluation   a model and batches -> numbers
     training     a model and batches -> a run folder
     packing      a trained model -> few bytes, and back
+    export       packed models for other libraries; `import bitbell` lets transformers read them
     reports      runs -> pictures
     comparison   methods x bits x seeds x learning rates -> one fair table
     serving      a packed model -> tokens
@@ -22,6 +23,8 @@ The folders are the road that the data takes, and imports point back along it on
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from bitbell.export.registration import register_with_transformers
 
 if TYPE_CHECKING:
     from bitbell.evaluation import evaluate
@@ -65,6 +68,9 @@ __all__ = [
     "train",
     "verify",
 ]
+
+
+register_with_transformers()
 
 
 def __getattr__(name: str) -> Any:

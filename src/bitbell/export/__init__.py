@@ -1,0 +1,18 @@
+"""Out of the house: what lets other libraries read what bitbell packs. The names are imported when they are first used."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bitbell.export.cards import model_card
+    from bitbell.export.huggingface import BitbellConfig, BitbellQuantizer
+
+_HOMES = {"BitbellConfig": "huggingface", "BitbellQuantizer": "huggingface", "model_card": "cards"}
+
+__all__ = ["BitbellConfig", "BitbellQuantizer", "model_card"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
