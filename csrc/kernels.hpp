@@ -64,6 +64,40 @@ struct Codes {
   int64_t rows = 0;
 };
 
+// Types of tensors that a training step takes.
+constexpr int kFloat32 = 0, kBfloat16 = 1;
+constexpr int64_t size_of_type(int type) { return type == kBfloat16 ? 2 : 4; }
+
+// What BBQ's gradient of one row is computed from. h: the rotated input, or rotated by `rotation` first.
+struct BellRow {
+  const void *h = nullptr, *g = nullptr;
+  const int8_t* codes = nullptr;
+  int h_type = kFloat32, g_type = kFloat32;
+  int64_t k = 0, rotation = 1;
+  float inverse_size = 1, zero_point = 0;
+};
+
+// What turns a row of products of centred codes into outputs.
+struct ProductRow {
+  int64_t outputs = 0, k = 0;
+  double x_zero = 0, w_zero = 0;
+  bool fits_quarters = false;      // whether int32 holds four times every sum on the way
+  const int32_t* w_sums = nullptr; // (outputs): sums of codes
+  const float* w_step = nullptr;   // (outputs)
+  int type = kFloat32;             // of the outputs
+};
+
+// Rows of a training step, see kernels_training.hpp. h, v, u, scratch: padded_k(k) floats.
+struct TrainingKernels {
+  float (*squares)(const void* x, int type, int64_t k, float* h);
+  // Codes are written up to padded_k(k). kept: the rotated x, or null.
+  void (*quantize)(const InputPlan& plan, const void* x, int type, int64_t k, int8_t* codes, float* step, float* h, void* kept, int kept_type);
+  int32_t (*sum_of_codes)(const int8_t* codes, int64_t k);
+  void (*slopes)(const BellRow& row, float* v, float* u, float* along, float* levels);
+  void (*gradient)(const float* v, float* u, int64_t k, float factor, float mean, int64_t rotation, void* out, int type);
+  void (*outputs)(const ProductRow& row, const int32_t* acc, int32_t x_sum, float x_step, float* scratch, void* y);
+};
+
 // One instruction set's functions. `panel` points to one panel of weights; k is padded_k(k) throughout.
 struct Kernels {
   const char* name;
@@ -90,6 +124,7 @@ struct Kernels {
   float (*softmax)(float* x, int64_t n);                                         // in place; returns the largest x
   // y[0 .. count) = rows [first, first + count) of a dense (rows, k) matrix times x; type: 0 float32, 1 bfloat16, 2 float16.
   void (*dense)(const void* matrix, int type, int64_t first, int64_t count, int64_t k, const float* x, float* y);
+  const TrainingKernels* training;
 };
 
 constexpr int64_t kFloatRows = 4;

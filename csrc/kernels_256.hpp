@@ -2,7 +2,7 @@
 #pragma once
 #include <immintrin.h>
 
-#include "kernels_floats.hpp"
+#include "kernels_training.hpp"
 
 namespace bitbell {
 namespace {

@@ -3,5 +3,5 @@
 namespace bitbell {
 extern const Kernels kAvx2;
 const Kernels kAvx2 = {"avx2",   quantize, prepare,    vector,     matrix,  floats, finish, rotate,
-                       rms_norm, sum, dot,      add_scaled, silu_times, softmax, dense};
+                       rms_norm, sum, dot,      add_scaled, silu_times, softmax, dense, &kTraining};
 }  // namespace bitbell

@@ -3,5 +3,5 @@
 namespace bitbell {
 extern const Kernels kAvx512;
 const Kernels kAvx512 = {"avx512", quantize, prepare,    vector,     vnni_matrix, floats, finish, rotate,
-                         rms_norm, sum, dot,      add_scaled, silu_times, softmax,     dense};
+                         rms_norm, sum, dot,      add_scaled, silu_times, softmax,     dense, &kTraining};
 }  // namespace bitbell

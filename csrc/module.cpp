@@ -14,6 +14,7 @@
 #include "linear.hpp"
 #include "llama_binding.hpp"
 #include "pool.hpp"
+#include "training_binding.hpp"
 
 namespace nb = nanobind;
 using namespace bitbell;
@@ -119,4 +120,5 @@ NB_MODULE(_native, m) {
       .def(nb::init<nb::dict, nb::object>(), nb::arg("weights"), nb::arg("plan").none())
       .def("forward", &Layer::forward);
   bind_llama(m);
+  bind_training(m);
 }
