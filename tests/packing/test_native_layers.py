@@ -342,9 +342,9 @@ def test_other_types_other_kernels_and_training_go_to_the_definitions(
     torch.testing.assert_close(packed(x.double()).float(), y, rtol=1e-5, atol=1e-5)
     with native.using("reference"):
         assert not takes_native(packed, x, monkeypatch)
-    packed.train()
+    packed.activation_quantizer.train()
     assert not takes_native(packed, x, monkeypatch)
-    packed.eval()
+    packed.activation_quantizer.eval()
     assert takes_native(packed, x, monkeypatch)
 
 

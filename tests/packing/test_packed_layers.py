@@ -237,3 +237,30 @@ def test_half_precision_inputs_give_half_precision_outputs(make_layer: MakeLayer
 def test_its_repr_names_the_recipe(make_layer: MakeLayer) -> None:
     text = repr(nn.Sequential(pack_layer(make_layer("bbq-w2a2"))))
     assert "in_features=64, out_features=24, recipe=bbq-w2a2" in text
+
+
+GRADIENT_RECIPES = ["bbq-w2a2", "quest-w3a3", "lsq-plus-w4a4", "nf-w3a3", "n2uq-w2a2", "bbq-w2a16", "ternary-w2a8"]
+
+
+@pytest.mark.parametrize("recipe", [*GRADIENT_RECIPES, "bbq-w3a3:learn_offset=true"])
+def test_gradients_pass_through_as_through_the_trained_layer(make_layer: MakeLayer, recipe: str) -> None:
+    trained = make_layer(recipe, bias=True)
+    packed, x = pack_layer(trained), torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(1))
+    g = torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(2))
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    outputs = [layer(x) for layer, x in zip((trained, packed), inputs, strict=True)]
+    for y in outputs:
+        y.backward(g)
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-6, atol=1e-6)
+    expected, got = inputs[0].grad, inputs[1].grad
+    assert expected is not None
+    assert float(expected.abs().max()) > 0
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_training_mode_moves_no_statistics_of_a_packed_layer(make_layer: MakeLayer) -> None:
+    packed = pack_layer(make_layer("bbq-w2a2")).train()
+    before = {name: tensor.clone() for name, tensor in packed.state_dict().items()}
+    packed(10 * torch.randn(4, 64))
+    assert not packed.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in packed.state_dict().items())

@@ -12,7 +12,7 @@ under `BITBELL_KERNELS=reference`, is computed by the plain PyTorch here.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 
 from bitbell.kernels import integer_product, native, pack_codes, packed_words, rotate, unpack_codes
 from bitbell.layers import QuantizedLayer, Recipe, TrainedLayer
-from bitbell.layers.product import add_offsets, grid_of, levels_of
+from bitbell.layers.product import Grid, add_offsets, grid_of, levels_of
 from bitbell.packing.plans import input_plan
 from bitbell.quantizers import Quantized, Quantizer
 
@@ -30,7 +30,7 @@ FEW_ROWS = 16  # up to which unpacking in registers is worth it where inputs sta
 
 
 class PackedLinear(nn.Module, QuantizedLayer):
-    """A linear layer of packed codes; for inference only.
+    """A linear layer of packed codes, which stay as they are; gradients pass through it to what is before it.
 
     weight_packed: int32 (O, packed_words(I, bits)), see `bitbell.kernels.pack_codes`. weight_scale: float32 (O, 1),
     the value of one level. weight_offset: float32 (O, 1), added to every value, or None. weight_shape: int64 (O, I).
@@ -124,12 +124,15 @@ class PackedLinear(nn.Module, QuantizedLayer):
 
     def _reference(self, x: Tensor) -> Tensor:
         codes, _ = self._weights()
+        weight = codes, self.weight_scale, self.weight_offset
         if self.activation_quantizer is None:
-            values = levels_of(codes, self.weight_grid, torch.float32) * self.weight_scale
-            values = values if self.weight_offset is None else values + self.weight_offset
-            y = F.linear(rotate(x.float(), self.rotation), values)
+            y = F.linear(rotate(x.float(), self.rotation), _values(*weight, self.weight_grid))
         else:
-            y = self._multiply(self.quantize_input(x), codes)
+            a = self.quantize_input(x)
+            with torch.no_grad():
+                y = self._multiply(a, codes)
+            if a.values.requires_grad:
+                y = _WithGradient.apply(a.values, y, *weight, self.weight_grid)
         y = y if self.bias is None else y + self.bias
         return y.to(x.dtype)
 
@@ -173,6 +176,10 @@ class PackedLinear(nn.Module, QuantizedLayer):
             self._unpacked = kept
         return kept
 
+    def train(self, mode: bool = True) -> Self:
+        """Stays in evaluation mode: running statistics must not move while adapters around the layer are trained."""
+        return super().train(False)
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._unpacked = self._native = None
         super()._load_from_state_dict(*args, **kwargs)
@@ -186,6 +193,28 @@ class PackedLinear(nn.Module, QuantizedLayer):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, recipe={self.recipe.name}"
+
+
+def _values(codes: Tensor, scale: Tensor, offset: Tensor | None, grid: Grid) -> Tensor:
+    """Float32 values (O, I) of a rotated weight."""
+    values = levels_of(codes, grid, torch.float32) * scale
+    return values if offset is None else values + offset
+
+
+class _WithGradient(torch.autograd.Function):
+    """A packed product, made of integers, with the gradient that the trained layer gives to its input's values."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor, codes: Tensor, scale: Tensor, offset: Tensor | None, grid: Grid
+    ) -> Tensor:
+        ctx.save_for_backward(codes, scale, offset)
+        ctx.grid, ctx.dtype = grid, x.dtype
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        return (g.float() @ _values(*ctx.saved_tensors, ctx.grid)).to(ctx.dtype), *[None] * 5
 
 
 def _is_transformed() -> bool:

@@ -27,8 +27,9 @@ class PackedModel(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model.eval()
-        if hasattr(model, "config"):  # so that the model's own `save_pretrained` says how to read what it writes
-            model.config.quantization_config = quantization_of(model)
+        inner: Any = model
+        if hasattr(inner, "config"):  # so that the model's own `save_pretrained` says how to read what it writes
+            inner.config.quantization_config = quantization_of(model)
         self.kept_in_full_precision: dict[str, str] = model.__dict__.get("kept_in_full_precision", {})
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
