@@ -43,6 +43,7 @@ CHOICES: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "normalise": st.booleans(),
         "estimator": st.sampled_from(["bell", "trust", "clip", "identity"]),
         "rms_gradient": st.booleans(),
+        "restore_rms": st.booleans(),
         "learn_scale": st.booleans(),
         "learn_offset": st.booleans(),
         "start": POSITIVE,
@@ -85,7 +86,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
         method,
         draw(st.sampled_from(METHODS[method].widths)),
         activations,
-        rotation=draw(st.sampled_from(["auto", None, 16, 128])),
+        rotation=draw(st.sampled_from(["auto", "vision", None, 16, 128])),
         weight_options=options(method, ["row", "tensor"]),
         activation_options=options(activation_method, groups_of_activations(activation_method)) if activations else {},
         activation_method=other if activations else None,
@@ -373,7 +374,7 @@ def test_weights_cannot_be_left_alone() -> None:
 
 @pytest.mark.parametrize("rotation", [0, -128, 96, "128", 2.0, True])
 def test_a_rotation_that_cannot_be_is_refused(rotation: Any) -> None:
-    with pytest.raises(ValueError, match=r"rotation must be 'auto', a power of two or None, got"):
+    with pytest.raises(ValueError, match=r"rotation must be 'auto', 'vision', a power of two or None, got"):
         Recipe("bbq", 2, 2, rotation=rotation)
 
 
@@ -424,7 +425,7 @@ def test_wrong_options_are_refused_where_they_are_written() -> None:
         ("x.start=3", r"an option is written key=value, .*, got 'x.start=3'"),
         ("a.w.start=3", r"an option is written key=value, .*, got 'a.w.start=3'"),
         ("start=1,start=1", r"gives the option 'start' twice"),
-        ("rotation=96", r"rotation must be 'auto', a power of two or None, got 96"),
+        ("rotation=96", r"rotation must be 'auto', 'vision', a power of two or None, got 96"),
         ("activation_method=bqq", r"unknown method 'bqq'.*Did you mean 'bbq'\?"),
         ("activation_method=7", r"unknown method 7"),
         ("activation_method=", r"unknown method ''"),
@@ -483,3 +484,18 @@ def test_options_may_not_contradict_the_fields(argument: str, option: str) -> No
 def test_a_recipe_cannot_be_changed() -> None:
     with pytest.raises(AttributeError):
         Recipe("bbq", 2).weights = 3  # type: ignore[misc]
+
+
+def test_bbq_vision_is_what_the_paper_ran_on_images() -> None:
+    recipe = Recipe.parse("bbq-vision-w2a2")
+    weight, activation = recipe.quantizers_for(4, 256)
+    assert (weight.rotation, activation.rotation) == (32, 32)
+    assert [q.rotation for q in recipe.quantizers_for(4, 256, image=True)] == [64, 64]
+    assert [q.rotation for q in recipe.quantizers_for(4, 48, image=True)] == [16, 16]
+    for q in (weight, activation):
+        options = q.options()
+        assert (options["restore_rms"], options["start"], options["learn_scale"]) == (True, 2.45, False)
+    assert (weight.rms, activation.rms) == ("row", "token")
+    assert Recipe.parse("bbq-vision-w2a2:rotation=auto").rotation == "auto"
+    assert Recipe.parse("bbq-w2a2:rotation=vision").quantizers_for(4, 256)[0].rotation == 32
+    assert Recipe.parse("bbq-vision-w2a2:rotation=auto").name == "bbq-vision-w2a2:rotation=auto"

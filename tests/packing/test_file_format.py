@@ -85,7 +85,8 @@ class Input:
                 else:
                     r = self.tensors["running_inverse_rms"] if self.group == "running" else 1 / self.size(h, "rms")
                 place = n / 2 * np.vectorize(math.erf)(h * r / math.sqrt(2)) + (n - 1) / 2
-                return np.clip(np.round(place), 0, n - 1) - n / 2, scale / (n / 2)
+                restored = self.options.get("restore_rms", False)
+                return np.clip(np.round(place), 0, n - 1) - n / 2, scale / (n / 2) / (r if restored else 1)
             case "quest":
                 step = 2 * (CLIP[self.bits] * self.size(h, "rms") + 1e-8) / (n - 1)
             case "quest-fp4":

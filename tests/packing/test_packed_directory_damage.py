@@ -329,7 +329,7 @@ def test_a_layer_without_an_entry_is_refused(directory: Path) -> None:
         ({"method": "gptq"}, r"unknown method 'gptq'"),
         ({"method": 5}, r"method must be a name, got 5"),
         ({"method": []}, r"method must be a name, got \[\]"),
-        ({"rotation": 3}, r"rotation must be 'auto', a power of two or None, got 3"),
+        ({"rotation": 3}, r"rotation must be 'auto', 'vision', a power of two or None, got 3"),
         ({"rotation": 2**40}, r"rotation=1099511627776 does not divide the layer's input width"),
         ({"surprise": 1}, r"unexpected keyword argument 'surprise'"),
         ({"weight_options": {"zero": 1}}, r"bbq has no option 'zero'"),

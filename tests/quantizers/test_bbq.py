@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from bitbell.layers import Recipe
 from bitbell.quantizers import BBQ, entropy_of
 
 THRESHOLDS = {  # of the paper: the quantiles of a normal at i / 2**bits, upper half
@@ -165,14 +166,16 @@ def plain_ablation(x: Tensor, scale: Tensor, offset: Tensor | None, q: BBQ, grou
     damped = scale * damping + (scale - scale * damping).detach()
     if q.estimator == "bell":
         values = damped / (n / 2) * (place + (code - place).detach() - n / 2 - q.zero_point)
+        if q.restore_rms:
+            values = values * (sigma if q.rms_gradient else sigma.detach())
     else:
         inside = v.detach().abs() <= (math.inf if q.estimator == "identity" else window(q.estimator, q.bits))
-        values = damped / (n / 2) * (code - n / 2 - q.zero_point)
+        values = damped / (n / 2) * (code - n / 2 - q.zero_point) * (sigma.detach() if q.restore_rms else 1)
         values = values + (masked_where(h, h, inside) - h.detach())
     return values if offset is None else values + offset * damping + (offset - offset * damping).detach()
 
 
-@settings(derandomize=True, max_examples=120, deadline=None)
+@settings(derandomize=True, max_examples=200, deadline=None)
 @given(
     bits=st.integers(1, 4),
     group=st.sampled_from(GROUPS),
@@ -183,6 +186,7 @@ def plain_ablation(x: Tensor, scale: Tensor, offset: Tensor | None, q: BBQ, grou
     learn_scale=st.booleans(),
     learn_offset=st.booleans(),
     start=st.sampled_from([None, 0.7]),
+    restore_rms=st.booleans(),
     seed=st.integers(0, 2**31),
 )
 def test_ablations_are_those_of_the_plain_formula(
@@ -192,7 +196,8 @@ def test_ablations_are_those_of_the_plain_formula(
     x = torch.randn(4, 2 * (rotation or 9), dtype=torch.float64, generator=generator) * 1.5
     q = make(bits, group, 4, rotation=rotation, start=start, **options)
     q.calibrate(x)
-    expected_start = 1.694 * (x.square().mean().sqrt()) if start is None else start
+    in_units_of_rms = options["restore_rms"] and options["normalise"]
+    expected_start = 1.694 * (1 if in_units_of_rms else x.square().mean().sqrt()) if start is None else start
     torch.testing.assert_close(q.scale.detach(), torch.ones_like(q.scale) * expected_start, rtol=1e-12, atol=0)
     assert (q.offset is not None) == options["learn_offset"]
     with torch.no_grad():
@@ -217,6 +222,61 @@ def test_ablations_are_those_of_the_plain_formula(
         assert not q.scale.requires_grad
     if offset is not None:
         torch.testing.assert_close(q.offset.grad, offset.grad, rtol=1e-10, atol=1e-12)
+
+
+# BBQ-Vision -------------------------------------------------------------------------------------------------
+
+
+@quick
+@given(
+    bits=st.integers(1, 4),
+    shape=st.sampled_from([(3, 64), (2, 3, 32)]),
+    learned=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_bbq_vision_is_the_published_formula(bits: int, shape: tuple[int, ...], learned: bool, seed: int) -> None:
+    """gamma sigma q / 2**(bits-1), sigma over the last dimension and differentiated in both places."""
+    x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    x *= torch.arange(1, x.shape[-2] + 1)[:, None]  # groups of different sizes
+    q = Recipe.parse(f"bbq-vision-w{bits}a{bits}:learn_scale={learned}").quantizers_for(3, 32)
+    weights, activations = q[0].double(), q[1].double()
+    quantizer = activations if x.dim() == 3 else weights
+    quantizer.calibrate(x)
+    assert quantizer.scale.flatten().tolist() == [pytest.approx(2.45)] * quantizer.scale.numel()
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    h = theirs @ torch.block_diag(*[sylvester(32)] * (x.shape[-1] // 32))
+    sigma, n, z = h.square().mean(-1, keepdim=True).sqrt(), 2**bits, quantizer.zero_point
+    place = n * torch.special.ndtr(h / sigma) - 0.5
+    k = place + (place.round().clamp(0, n - 1) - place).detach()
+    gamma = quantizer.scale.detach().clone().requires_grad_()
+    expected = gamma * sigma * (k - n / 2 - z) / 2 ** (bits - 1)
+    g = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + 1))
+    y = quantizer(ours)
+    y.backward(g)
+    expected.backward(g)
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-10, atol=1e-11)
+    if learned:
+        torch.testing.assert_close(quantizer.scale.grad * math.sqrt(x.numel()), gamma.grad, rtol=1e-10, atol=1e-11)
+    else:
+        assert quantizer.scale.grad is None
+
+
+def test_a_restored_rms_makes_values_as_large_as_the_input() -> None:
+    x = torch.randn(4, 128) * torch.tensor([[1e-3], [1], [30], [0]])
+    for factor in (1.0, 7.0):
+        q = BBQ(2, rows=4, restore_rms=True)
+        q.calibrate(x)
+        torch.testing.assert_close(q(factor * x), factor * q(x), rtol=1e-5, atol=1e-7)
+        assert torch.isfinite(q(x)).all()
+    with pytest.raises(ValueError, match=r"the step of bbq with restore_rms holds .* pass step="):
+        q.decode(q.encode(x))
+    assert torch.equal(q.decode(q.encode(x), q.quantize(x).step), q(x))
+    running = BBQ(2, rms="running", restore_rms=True)
+    running.calibrate(x)
+    running.eval()
+    assert torch.equal(running.decode(running.encode(x)), running(x))
+    assert not torch.isfinite(q(torch.full((4, 128), torch.nan))).any()
 
 
 @pytest.mark.parametrize(("bits", "clip"), [(1, 2.0), (2, 1.3489795), (3, 1.6262094), (4, 1.9178917)])

@@ -1,7 +1,9 @@
-"""A model -> the same model with quantized layers: rules, QuantLinear, QuantConv1D, quantize, calibrate, report."""
+"""A model -> the same model with quantized layers: rules, QuantLinear, QuantConv2d, quantize, calibrate, report."""
 
 from typing import Any
 
+from bitbell.layers.conv2d import QuantConv2d
+from bitbell.layers.convolution import Geometry
 from bitbell.layers.kinds import is_linear, shape_of
 from bitbell.layers.linear import QuantizedLayer, QuantLinear, SharedInput, TrainedLayer
 from bitbell.layers.recipes import Recipe, as_recipe
@@ -9,7 +11,9 @@ from bitbell.layers.report import QuantizationReport, report
 from bitbell.layers.swap import calibrate, quantize, quantized_layers, quantizers, replace_module
 
 __all__ = [
+    "Geometry",
     "QuantConv1D",
+    "QuantConv2d",
     "QuantLinear",
     "QuantizationReport",
     "QuantizedLayer",

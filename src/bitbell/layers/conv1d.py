@@ -33,6 +33,9 @@ class QuantConv1D(TrainedLayer, Conv1D):
         # Copied into rows: sums then run in the same order as for nn.Linear, and faster than over a transposed view.
         return self.weight.T.contiguous()
 
+    def in_rows(self, weight: Tensor) -> Tensor:
+        return weight.T
+
     def extra_repr(self) -> str:
         return f"nf={self.nf}, nx={self.nx}, recipe={self.recipe.name}"
 

@@ -5,7 +5,7 @@ What a layer of another kind (QuantConv1D) shares with it is TrainedLayer.
 
 from __future__ import annotations
 
-from typing import Any, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -75,6 +75,10 @@ class QuantizedLayer:
         assert self.activation_quantizer is not None
         return self.activation_quantizer.quantize(x)
 
+    def quantizer_input(self, x: Tensor) -> Tensor:
+        """What the activation quantizer sees of the layer's input `x`: groups that share a statistic last."""
+        return x
+
     def weight_codes(self) -> Tensor:
         """Codes of the weight, uint8 of shape (out_features, in_features)."""
         raise TypeError(f"{type(self).__name__} has no weight codes")
@@ -99,12 +103,22 @@ class TrainedLayer(QuantizedLayer, nn.Module):
     weight: Tensor
     bias: Any
     weight_quantizer: Quantizer
+    is_image: ClassVar[bool] = False  # whether inputs are images, of which windows are multiplied
     row_gather: RowGather | None = None
 
     @property
     def matrix(self) -> Tensor:
         """The weight as (out_features, in_features), whichever way round the layer stores it."""
-        return self.weight
+        return self.in_rows(self.weight)
+
+    def in_rows(self, weight: Tensor) -> Tensor:
+        """A view of the weight, or of its gradient, whose first dimension is the outputs and whose last is rotated."""
+        return weight
+
+    @property
+    def rotated_width(self) -> int:
+        """How many inputs lie side by side, so that rotation blocks must divide it."""
+        return self.in_features
 
     @property
     def weight_offset(self) -> Tensor | None:
@@ -113,9 +127,9 @@ class TrainedLayer(QuantizedLayer, nn.Module):
 
     def _add_quantizers(self, recipe: Recipe | str) -> None:
         self.recipe = Recipe.parse(recipe) if isinstance(recipe, str) else recipe
-        rows, width = self.out_features, self.in_features
+        rows, width = self.out_features, self.rotated_width
         with torch.device(self.weight.device):
-            self.weight_quantizer, self.activation_quantizer = self.recipe.quantizers_for(rows, width)
+            self.weight_quantizer, self.activation_quantizer = self.recipe.quantizers_for(rows, width, self.is_image)
 
     def _take_over(self, linear: Any) -> Self:
         """This layer with the very parameters of `linear`, in its mode and on its device."""

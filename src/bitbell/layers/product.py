@@ -46,10 +46,15 @@ def integer_linear(x: Quantized, w: Quantized, x_grid: Grid, w_grid: Grid, dtype
 
 
 def add_offsets(
-    y: Tensor, x_sums: Tensor, w_sums: Tensor, x: tuple[Tensor, Tensor | None], w: tuple[Tensor, Tensor | None], k: int
+    y: Tensor,
+    x_sums: Tensor,
+    w_sums: Tensor,
+    x: tuple[Tensor, Tensor | None],
+    w: tuple[Tensor, Tensor | None],
+    k: int | Tensor,
 ) -> Tensor:
     """`y` (..., O) plus what the operands' offsets contribute. x, w: step and offset; x_sums (..., 1), w_sums (O,):
-    sums of levels over the `k` inputs."""
+    sums of levels over the `k` inputs. In an image `w_sums` and `k` differ from place to place."""
     (x_step, x_offset), (w_step, w_offset) = x, w
     if x_offset is not None:
         y = y + x_offset * (w_sums * w_step.reshape(-1))

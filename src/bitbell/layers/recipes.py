@@ -23,14 +23,23 @@ from bitbell.quantizers import METHODS, Quantizer, find_method, known_options, m
 from bitbell.quantizers.base import check_bits
 from bitbell.quantizers.quest import TUNED_ONE_BIT_MASK
 
+# The paper's BBQ for images: the RMS is multiplied back, and the scale, in units of it, is a constant.
+BBQ_VISION: dict[str, Any] = {"restore_rms": True, "learn_scale": False, "start": 2.45}
+
 # Named variants of a method: method, options of weights, options of activations. A method's own name is one already.
 VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     **{method: (method, {}, {}) for method, kind in METHODS.items() if kind.for_weights},
     "bbq-tensor": ("bbq", {}, {"granularity": "tensor"}),
     "bbq-token": ("bbq", {}, {"granularity": "token"}),
+    "bbq-vision": ("bbq", BBQ_VISION, BBQ_VISION | {"granularity": "token"}),
     "quest-tuned": ("quest", {"mask_scale": TUNED_ONE_BIT_MASK}, {"mask_scale": TUNED_ONE_BIT_MASK}),
 }
 
+
+# What a variant rotates by, where that is not "auto".
+VARIANT_ROTATIONS = {"bbq-vision": "vision"}
+# The largest block that a rotation's name allows: of a linear layer's inputs, of an image's channels.
+LARGEST_BLOCKS = {"auto": (ROTATION_BLOCK, ROTATION_BLOCK), "vision": (32, 64)}
 
 FIELDS = ("rotation", "activation_method")  # of a recipe, given among the options of its name
 
@@ -40,8 +49,9 @@ class Recipe:
     """Method, bits and options of a layer's quantizers.
 
     method: a name of `bitbell.quantizers.METHODS`. weights: bits of the weight. activations: bits, or None to leave
-    them alone. rotation: "auto" (128, or the largest power of two that divides the width; none for methods without
-    rotation), a block, or None. weight_options, activation_options: further arguments of the method's quantizer, and
+    them alone. rotation: "auto" (128, or the largest power of two that divides the width, of a convolution the
+    channels of a group; none for methods without rotation), "vision" (at most 32, or 64 for a convolution), a block,
+    or None. weight_options, activation_options: further arguments of the method's quantizer, and
     for every method "granularity": "row" or "tensor" for weights; "token", "tensor" or "running" for activations,
     where the method has them. activation_method: of the activations, by default the method's own choice.
     Raises ValueError for an unknown method or option, for a width that the method does not have, or for options of
@@ -68,8 +78,9 @@ class Recipe:
         check_bits("weights", METHODS[self.method], self.weights)
         if self.activations is not None:
             check_bits("activations", self._activations, self.activations)
-        if self.rotation is not None and self.rotation != "auto" and not _is_power_of_two(self.rotation):
-            raise ValueError(f"rotation must be 'auto', a power of two or None, got {self.rotation!r}")
+        named = isinstance(self.rotation, str) and self.rotation in LARGEST_BLOCKS
+        if self.rotation is not None and not named and not _is_power_of_two(self.rotation):
+            raise ValueError(f"rotation must be 'auto', 'vision', a power of two or None, got {self.rotation!r}")
         for argument in ("weight_options", "activation_options"):
             for option in ("bits", "rotation", "rows"):  # the two operands of a product must be rotated alike
                 if option in getattr(self, argument):
@@ -106,7 +117,8 @@ class Recipe:
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise ValueError(f"unknown method {variant!r} in recipe {name!r}; there are {', '.join(VARIANTS)}.{hint}")
         given = _split_options(options, name) if colon else {}
-        fields = {key: given.pop(key) for key in FIELDS if key in given}
+        fields = {"rotation": VARIANT_ROTATIONS.get(variant, "auto")}
+        fields |= {key: given.pop(key) for key in FIELDS if key in given}
         # Weight-only recipes keep no options for activations that are left alone.
         bits = None if activations == 16 else activations
         own = _options_of_operands(variant, fields.get("activation_method"), bits is not None, given, name)
@@ -130,13 +142,15 @@ class Recipe:
                 base = weight_options, {}
             if method == self.method and all(m.items() >= b.items() for m, b in zip(mine, base, strict=True)):
                 w, a = ({k: m[k] for k in m if k not in b} for m, b in zip(mine, base, strict=True))
-                found.append((len(w) + len(a), variant, self._differences(w, a)))
+                rotation = VARIANT_ROTATIONS.get(variant, "auto")
+                options = self._differences(w, a, rotation)
+                found.append((len(w) + len(a) + (self.rotation != rotation), variant, options))
         _, variant, options = min(found)
         return f"{variant}{bits}" + (f":{','.join(options)}" if options else "")
 
-    def _differences(self, w: Mapping[str, Any], a: Mapping[str, Any]) -> list[str]:
+    def _differences(self, w: Mapping[str, Any], a: Mapping[str, Any], rotation: str) -> list[str]:
         both = {key: value for key, value in w.items() if self.activations is None or (key in a and a[key] == value)}
-        options = [] if self.rotation == "auto" else [f"rotation={_text(self.rotation)}"]
+        options = [] if self.rotation == rotation else [f"rotation={_text(self.rotation)}"]
         if self.activation_method is not None:
             options.append(f"activation_method={self.activation_method}")
         options += [f"{key}={_text(value)}" for key, value in both.items()]
@@ -147,20 +161,22 @@ class Recipe:
     def _activations(self) -> type[Quantizer]:
         return find_method(_method_of_activations(self.method, self.activation_method))
 
-    def rotation_for(self, width: int) -> int | None:
-        """The rotation block for a layer of input width `width`. Raises ValueError where it cannot be rotated."""
+    def rotation_for(self, width: int, image: bool = False) -> int | None:
+        """The rotation block for a layer of input width `width`; of an image, its channels (of a group, if there are
+        groups). Raises ValueError where it cannot be rotated."""
         if self.rotation is None or (self.rotation == "auto" and not METHODS[self.method].rotates):
             return None
-        if self.rotation == "auto":
-            return rotation_block(width, ROTATION_BLOCK)
+        if isinstance(self.rotation, str):
+            return rotation_block(width, LARGEST_BLOCKS[self.rotation][image])
         block = int(self.rotation)
         if width % block:
             raise ValueError(f"rotation={block} does not divide the layer's input width {width}; use 'auto' or None")
         return block
 
-    def quantizers_for(self, rows: int, width: int) -> tuple[Quantizer, Quantizer | None]:
-        """Weight and activation quantizers (None: left alone) for a layer of `rows` outputs and `width` inputs."""
-        rotation = self.rotation_for(width)
+    def quantizers_for(self, rows: int, width: int, image: bool = False) -> tuple[Quantizer, Quantizer | None]:
+        """Weight and activation quantizers (None: left alone) for a layer of `rows` outputs and `width` inputs; of an
+        image: that many channels a group."""
+        rotation = self.rotation_for(width, image)
         return self._weight_quantizer(rows, rotation), self._activation_quantizer(rotation)
 
     def _weight_quantizer(self, rows: int, rotation: int | None) -> Quantizer:

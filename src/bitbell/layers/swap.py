@@ -3,9 +3,9 @@
     rules = {"*.mlp.*": Recipe("bbq", weights=2, activations=4), "lm_head": None, "*": "bbq-w4a4"}
 
 Patterns are shell-style and match full module names; `re:` starts a regular expression. The first match wins. None
-leaves a layer alone. Only plain `nn.Linear` and (GPT-2's) `Conv1D` layers are swapped; a subclass may be read past its
-`forward`, so it is left alone, with the reason. The output head keeps full precision unless a pattern other than "*"
-names it.
+leaves a layer alone. Only plain `nn.Linear`, `nn.Conv2d` and (GPT-2's) `Conv1D` layers are swapped; a subclass may be
+read past its `forward`, so it is left alone, with the reason. The output head, and the first convolution (stem or patch
+embedding, fed by pixels), keep full precision unless a pattern other than "*" names them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitbell.layers.kinds import is_linear, linear_kind, quantized_twin
+from bitbell.layers.kinds import NOT_QUANTIZED, is_linear, linear_kind, quantized_twin
 from bitbell.layers.linear import QuantizedLayer, SharedInput, TrainedLayer
 from bitbell.layers.recipes import Recipe, as_recipe
 from bitbell.quantizers import Quantizer
@@ -28,19 +28,19 @@ Rules = Mapping[str, "Recipe | str | None"] | Recipe | str
 
 # Layers of these names under one parent are fed by the same tensor in the models we know.
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-HEAD_NAMES = ("lm_head", "embed_out", "head", "classifier", "score")
-NO_LINEAR = "it has no nn.Linear and no Conv1D of transformers"
+HEAD_NAMES = ("lm_head", "embed_out", "head", "classifier", "score", "fc")
+NO_LINEAR = "it has no nn.Linear, no nn.Conv2d and no Conv1D of transformers"
 
 
 def quantize(model: nn.Module, rules: Rules, *, share_inputs: bool = True) -> nn.Module:
-    """Swap the linear layers of `model` for quantized ones, in place, and return it.
+    """Swap the linear layers and convolutions of `model` for quantized ones, in place, and return it.
 
     rules: a recipe, its name, or an ordered mapping pattern -> recipe, name or None. share_inputs: let q/k/v and
     gate/up projections of one block share one activation quantizer. The output head is what the model says it is, or
-    the last linear layer if it is called lm_head, embed_out, head, classifier or score. Make the optimizer
-    afterwards: the scales are new parameters. To load a quantized state, quantize with the same rules first. The
-    result must see `bitbell.calibrate(model, batch)` before its first forward pass. Raises ValueError for a rule that
-    matches nothing, for a layer that cannot be rotated, and for a model that is quantized already.
+    the last linear layer if it, or what it hangs in, is called lm_head, embed_out, head, classifier, score or fc.
+    Make the optimizer afterwards: the scales are new parameters. To load a quantized state, quantize with the same
+    rules first. The result must see `bitbell.calibrate(model, batch)` before its first forward pass. Raises ValueError
+    for a rule that matches nothing, for a layer that cannot be rotated, and for a model that is quantized already.
     """
     if any(isinstance(module, QuantizedLayer) for module in model.modules()):
         raise ValueError("this model is quantized already; quantize() works on a full-precision model, once")
@@ -57,7 +57,8 @@ def quantize(model: nn.Module, rules: Rules, *, share_inputs: bool = True) -> nn
         raise ValueError("the model has no layer to quantize: " + _first_reasons(kept))
     if (kind := linear_kind(model)) is not None:
         twin = f"Quant{kind.__name__}"
-        raise ValueError(f"quantize() swaps the layers inside a model; for a single layer use {twin}.from_linear")
+        made = f"{twin}.from_{'conv' if kind is nn.Conv2d else 'linear'}"
+        raise ValueError(f"quantize() swaps the layers inside a model; for a single layer use {made}")
     for name, alias in _names_of_modules(model, layers):
         replace_module(model, alias, layers[name])
     if share_inputs:
@@ -114,7 +115,7 @@ def _matches(pattern: str, name: str) -> bool:
 
 def _plan(model: nn.Module, rules: list[tuple[str, Recipe | None]]) -> tuple[dict[str, Recipe], dict[str, str]]:
     """Layers to swap with their recipes, and layers left alone with the reason."""
-    head = _head_name(model)
+    head, stem = _head_name(model), _stem_name(model)
     plan: dict[str, Recipe] = {}
     kept: dict[str, str] = {}
     for name, module in model.named_modules():
@@ -129,23 +130,30 @@ def _plan(model: nn.Module, rules: list[tuple[str, Recipe | None]]) -> tuple[dic
             kept[name] = f"rule {pattern!r} leaves it alone"
         elif name == head and pattern == "*":
             kept[name] = "the output head keeps full precision unless a rule names it"
+        elif name == stem and pattern == "*":
+            kept[name] = "the first convolution (stem, patch embedding) keeps full precision unless a rule names it"
         elif isinstance(model.get_submodule(name.rpartition(".")[0]), nn.TransformerEncoderLayer):
             kept[name] = "nn.TransformerEncoderLayer reads its weight past its forward in evaluation"
         elif type(module) is not kind:
-            kept[name] = f"a {type(module).__name__} is not a plain {'nn.' * (kind is nn.Linear)}{kind.__name__}"
+            prefix = "nn." if kind in (nn.Linear, nn.Conv2d) else ""
+            kept[name] = f"a {type(module).__name__} is not a plain {prefix}{kind.__name__}"
         else:
             plan[name] = recipe
     return plan, kept
 
 
 def _head_name(model: nn.Module) -> str | None:
-    """The name of the output head: what the model says it is, or the last linear layer if it is called like one."""
+    """The name of the output head: what the model says it is, or the last linear layer if it is called like one, or
+    hangs in what is (`classifier.1`)."""
     ask: Any = getattr(model, "get_output_embeddings", None)
-    if ask is not None:
-        head = ask()
+    if ask is not None and (head := ask()) is not None:
         return next((name for name, module in model.named_modules() if module is head), None)
     linears = [name for name, module in model.named_modules() if is_linear(module)]
-    return linears[-1] if linears and linears[-1].rpartition(".")[2] in HEAD_NAMES else None
+    return linears[-1] if linears and set(linears[-1].split(".")[-2:]) & set(HEAD_NAMES) else None
+
+
+def _stem_name(model: nn.Module) -> str | None:
+    return next((name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)), None)
 
 
 def _check_rules(model: nn.Module, rules: list[tuple[str, Recipe | None]]) -> None:
@@ -162,12 +170,23 @@ def _check_rules(model: nn.Module, rules: list[tuple[str, Recipe | None]]) -> No
             )
         candidates = linears + others if recipe is None else linears
         if not any(_matches(pattern, name) for name in candidates):
+            _refuse_other_kinds(model, pattern)
             close = difflib.get_close_matches(pattern, linears, n=1, cutoff=0.3)
             if not linears:
                 raise ValueError(f"the model has no layer to quantize: {NO_LINEAR}")
             example = (close or linears)[0]
             raise ValueError(
                 f"rule {pattern!r} matches no linear layer of the model. Its layers are called e.g. {example!r}"
+            )
+
+
+def _refuse_other_kinds(model: nn.Module, pattern: str) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, NOT_QUANTIZED) and _matches(pattern, name):
+            kind = type(module).__name__
+            raise ValueError(
+                f"rule {pattern!r} names {name!r}, a {kind}, for which there is no quantized layer: nn.Linear, "
+                "nn.Conv2d and Conv1D of transformers have one"
             )
 
 
@@ -227,7 +246,7 @@ def calibrate(model: nn.Module, batch: Any, *, again: bool = False) -> nn.Module
                 )
         for what, quantizer, data in (
             ("weight", layer.weight_quantizer, layer.matrix),
-            ("input", layer.activation_quantizer, args[0]),
+            ("input", layer.activation_quantizer, layer.quantizer_input(args[0])),
         ):
             if quantizer is None or id(quantizer) in done:
                 continue

@@ -63,9 +63,9 @@ def _token_plan(quantizer: Quantizer) -> InputPlan | None:
     plan = partial(InputPlan, bits, quantizer.rotation, zero_point=quantizer.zero_point)
     if isinstance(quantizer, BBQ):
         offset = 0.0 if quantizer.offset is None else float(quantizer.offset)
-        table, step = find_thresholds(_bell_codes(bits), bits), float(quantizer.step())
+        table, step = find_thresholds(_bell_codes(bits), bits), float(quantizer.scale / 2 ** (bits - 1))
         plan = partial(plan, statistic="rms", smallest=SMALLEST_SIZE, divisor=1.0, divisor_plus=0.0)
-        return plan(thresholds=table, step_plus=step, offset=offset)
+        return plan(thresholds=table, offset=offset, **{"step_factor" if quantizer.restore_rms else "step_plus": step})
     if isinstance(quantizer, QuEST):
         step, plus = 2 * OPTIMAL_CLIP[bits] / steps, 2e-8 / steps
         return _uniform_plan(plan, "rms", bits, step, plus)

@@ -50,7 +50,8 @@ class BBQ(Quantizer):
     (over the last dimension). zero_point: the paper's z; default 0 for 3 bits and more, -0.5 for 1 and 2 bits. Any
     float is allowed.
 
-    restore_rms: multiply the output by the RMS (formulas above); the scale then starts at 1.694, or at `start`.
+    restore_rms: multiply the output by the RMS that the input was divided by (formulas above); the scale then starts
+    at 1.694, or at `start`.
 
     For ablation: normalise: False leaves the RMS out. rms_gradient: whether the gradient flows through the RMS.
     learn_scale, learn_offset: whether the scale, and an offset added to every value, are learned. start: the scale to
@@ -98,8 +99,6 @@ class BBQ(Quantizer):
             raise ValueError(f"start must be positive or None (1.694 RMS), got start={start!r}")
         self.rms = rms or ("tensor" if rows is None else "row")
         self.normalise, self.estimator, self.rms_gradient, self.start = normalise, estimator, rms_gradient, start
-        if restore_rms and not normalise:
-            raise ValueError("restore_rms multiplies back what normalise divides by; it needs normalise=True")
         self.restore_rms = restore_rms
         self.scale.requires_grad_(learn_scale)
         if learn_offset:
@@ -113,7 +112,7 @@ class BBQ(Quantizer):
         frozen = self.running_inverse_rms if self._uses_running_rms and not self.training else None
         group = self.rms if self.normalise else "none"
         how = group, self.bits, self.zero_point, self.rotation, self.estimator, self.rms_gradient, self.rows is not None
-        how = *how, self.ranks, self.restore_rms
+        how = *how, self.ranks, self._restores_rms
         values, codes, step, inverse_rms = _BellBox.apply(x, self.scale, self.offset, frozen, *how)
         if self._uses_running_rms and self.training:
             self._update_running_statistics(inverse_rms)
@@ -122,6 +121,10 @@ class BBQ(Quantizer):
     @property
     def _uses_running_rms(self) -> bool:
         return self.rms == "running" and self.normalise
+
+    @property
+    def _restores_rms(self) -> bool:
+        return self.restore_rms and self.normalise
 
     def _update_running_statistics(self, inverse_rms: Tensor) -> None:
         """An average step, but for a batch that says nothing: empty, all zero (1/RMS would be 1e8), or not finite."""
@@ -135,15 +138,15 @@ class BBQ(Quantizer):
             self.running_inverse_rms.copy_(1 / rms.clamp_min(SMALLEST_SIZE))
         if self.start is not None:
             return self.start + 0 * rms  # an overflow shows
-        return BELL_SCALE * (rms / rms if self.restore_rms else rms.clamp_min(SMALLEST_SIZE))
+        return BELL_SCALE * (1 + 0 * rms if self._restores_rms else rms.clamp_min(SMALLEST_SIZE))
 
     def step(self) -> Tensor:
         step = self.scale / 2 ** (self.bits - 1)
-        return step / self.running_inverse_rms if self.restore_rms and self.rms == "running" else step
+        return step / self.running_inverse_rms if self._restores_rms and self.rms == "running" else step
 
     def decode(self, codes: Tensor, step: Tensor | None = None) -> Tensor:
         """Values of `codes`. Where the input's RMS is in the step, the step belongs to it: pass `quantize(x).step`."""
-        if step is None and self.restore_rms and self.rms != "running":
+        if step is None and self._restores_rms and self.rms != "running":
             why = "the step of bbq with restore_rms holds the input's RMS"
             raise ValueError(f"{why}: pass step=quantizer.quantize(x).step")
         return super().decode(codes, step)
@@ -248,7 +251,7 @@ class _BellBox(torch.autograd.Function):
             relative_scale = scale.to(h.dtype) * (1 if ctx.restore_rms else inverse_rms)
             v = h * inverse_rms
             grad_h = _estimate(g, v, relative_scale, ctx)
-            if ctx.restore_rms and ctx.group is not None:
+            if ctx.restore_rms and ctx.group is not None and ctx.estimator == "bell":
                 levels = codes.to(v.dtype).sub_(ctx.zero_point)
                 through_rms = levels.mul_(g).mul_(scale.to(v.dtype) * 2.0 ** (1 - ctx.bits))
                 grad_h = grad_h + v * _mean_over_group(through_rms, ctx.group, ctx.ranks)
