@@ -186,7 +186,8 @@ def refusals(mesh: DeviceMesh) -> dict[str, Any]:
         model = bitbell.quantize(nn.Sequential(nn.Linear(16, 16)), recipe)
         try:
             LowBitGather(bitbell.calibrate(model, torch.randn(4, 16)) if calibrated else model, mesh)
-        except ValueError as error:
+            model(torch.randn(4, 16))
+        except (ValueError, RuntimeError) as error:
             found[what] = str(error)
     return found
 

@@ -162,8 +162,11 @@ def average_running_statistics(model: nn.Module, ranks: Ranks) -> None:
             buffer.copy_(mean.view_as(buffer))
 
 
-def distribute(model: nn.Module, config: TrainConfig, world: World) -> nn.Module:
-    """Spread a calibrated `model`, equal on all processes, over them; return what training calls in its place.
+def distribute(
+    model: nn.Module, config: TrainConfig, world: World, say: Callable[[str], object] = lambda text: None
+) -> nn.Module:
+    """Spread a calibrated `model`, equal on all processes, over them; return what training calls in its place, and
+    `say` what was not done as asked.
 
     Under fsdp the model itself is changed: its parameters are DTensors from then on, so make the optimizer afterwards.
     """
@@ -173,7 +176,7 @@ def distribute(model: nn.Module, config: TrainConfig, world: World) -> nn.Module
     if config.distributed == "ddp":
         spread = _replicate(model)
         return compiled(spread) if config.compile else spread
-    return _shard(model, config)
+    return _shard(model, config, say)
 
 
 def _replicate(model: nn.Module) -> nn.Module:
@@ -189,12 +192,12 @@ def _replicate(model: nn.Module) -> nn.Module:
     )
 
 
-def _shard(model: nn.Module, config: TrainConfig) -> nn.Module:
+def _shard(model: nn.Module, config: TrainConfig, say: Callable[[str], object]) -> nn.Module:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(next(model.parameters()).device.type, (dist.get_world_size(),))
-    ignored = parameters_sharded_elsewhere(model, mesh, config)
+    ignored = _gather_low_bits(model, mesh, say) if config.low_bit_gather else set()
     for block in blocks_of(model):
         if config.compile:
             block.compile()
@@ -202,9 +205,14 @@ def _shard(model: nn.Module, config: TrainConfig) -> nn.Module:
     return fully_shard(model, mesh=mesh, ignored_params=ignored)
 
 
-def parameters_sharded_elsewhere(model: nn.Module, mesh: Any, config: TrainConfig) -> set[nn.Parameter]:
-    """Parameters that FSDP has to leave alone because their layers hold rows of them on their own."""
-    return set()
+def _gather_low_bits(model: nn.Module, mesh: Any, say: Callable[[str], object]) -> set[nn.Parameter]:
+    """Let layers gather their weights as codes; the parameters that FSDP has to leave alone for that."""
+    from bitbell.training.gather import LowBitGather
+
+    gather = LowBitGather(model, mesh, blocks_of(model))
+    for reason, names in gather.kept_by_reason().items():
+        say(f"FSDP gathers the weights of {len(names)} quantized layers ({names[0]} ...) in full: {reason}")
+    return gather.parameters
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
@@ -253,16 +261,16 @@ def clip_gradients(model: nn.Module, largest: float, world: World) -> float:
 
 
 @contextmanager
-def whole(module: nn.Module) -> Iterator[nn.Module]:
-    """Inside, the parameters of `module` are there in full, on every process; all processes must come here."""
-    owners = {m: dict(m._parameters) for m in module.modules()}
+def whole(*modules: nn.Module) -> Iterator[None]:
+    """Inside, the parameters of `modules` are there in full, on every process; all processes must come here."""
+    owners = {m: dict(m._parameters) for module in modules for m in module.modules()}
     try:
         for owner, parameters in owners.items():
             for name, parameter in parameters.items():
                 if parameter is not None and local_part(parameter) is not parameter:
                     full: Any = parameter.detach()
                     owner._parameters[name] = nn.Parameter(full.full_tensor(), requires_grad=False)
-        yield module
+        yield
     finally:
         for owner, parameters in owners.items():
             owner._parameters.update(parameters)
@@ -273,9 +281,7 @@ def measure_together(
 ) -> LanguageModelLoss:
     """`measure_loss` with every batch of `batch_size` windows cut into the processes' shares."""
     if world.size == 1:
-        return measure_loss(
-            model, windows, bytes_per_token=bytes_per_token, batch_size=batch_size, precision=precision
-        )
+        return measure_loss(model, windows, bytes_per_token=bytes_per_token, batch_size=batch_size, precision=precision)
 
     def loss_of(part: Tensor) -> float:
         share = batch_size // world.size

@@ -37,13 +37,14 @@ from bitbell.quantizers.ranks import Ranks
 class LowBitGather:
     """Holds each quantized weight of `model` by rows, and gathers its codes where a layer needs them.
 
-    Call it on a calibrated model whose weights are equal on all processes, before `fully_shard(...,
-    ignored_params=gather.parameters)`. mesh: one dimension. blocks: modules whose layers travel together and in this
-    order; a layer outside of them travels alone. regather: free codes after the forward pass and gather them again in
-    the backward pass (a byte a weight less of memory, twice the messages). prefetch: send the next block's early.
+    Call it on a model whose weights are equal on all processes, and calibrated if no checkpoint is to follow, before
+    `fully_shard(..., ignored_params=gather.parameters)`; make the optimizer afterwards. mesh: one dimension. blocks:
+    modules whose layers travel together and in this order; a layer outside of them travels alone. regather: free codes
+    after the forward pass and gather them again in the backward pass (a byte a weight less of memory, twice the
+    messages). prefetch: send the next block's early.
 
     parameters: what FSDP must ignore. kept: layers that are left to it, with the reason. Raises ValueError for a mesh
-    of more dimensions, a model that is not calibrated, and one without any layer that can be gathered so.
+    of more dimensions, and for a model without any layer that can be gathered so.
     """
 
     def __init__(
@@ -74,6 +75,11 @@ class LowBitGather:
         for group, after in zip(self.groups, self.groups[1:], strict=False):
             group.next = after
 
+    def kept_by_reason(self) -> dict[str, list[str]]:
+        """Reasons with the names of the layers that are left to FSDP for them."""
+        reasons = dict.fromkeys(self.kept.values())
+        return {reason: [name for name, why in self.kept.items() if why == reason] for reason in reasons}
+
 
 def _why_not(layer: Any, owners: int, ranks: int) -> str | None:
     """Why the weight of `layer`, which that many modules own, cannot be gathered in codes; None if it can."""
@@ -82,8 +88,6 @@ def _why_not(layer: Any, owners: int, ranks: int) -> str | None:
     quantizer = layer.weight_quantizer
     if quantizer.rows is None:
         return f"{quantizer.method} has one scale or statistic for all rows of a weight"
-    if not bool(quantizer.calibrated):
-        raise ValueError(f"a layer with {quantizer.method} weights has no scale yet: calibrate the model first")
     if layer.out_features < ranks:
         return f"{layer.out_features} rows are fewer than {ranks} processes"
     return None if owners == 1 else "its weight is also another module's"
@@ -188,7 +192,11 @@ class _Rows:
 
     @torch.compiler.disable
     def forward(self, layer: TrainedLayer, x: Tensor) -> Tensor:
-        """The layer's output, with its weight's codes gathered. Not compiled: collectives and hooks break graphs."""
+        """The layer's output, with its weight's codes gathered, unless someone has put in the whole weight meanwhile.
+
+        Not compiled: collectives and hooks break graphs."""
+        if not isinstance(layer.weight, DTensor):
+            return layer.multiply(x, layer.weight_quantizer.quantize(layer.matrix))
         gathered = self.group.gathered(self)
         w = gathered.weight(self)
         with gathered.regathering(self, w.codes):
