@@ -117,8 +117,8 @@ class TrainConfig:
     distributed: str = "ddp"
     """What several processes (torchrun) hold: ddp, each the whole model; fsdp, each rows of every parameter."""
     low_bit_gather: bool = False
-    """With fsdp: gather quantized weights as codes of their bits. The same numbers, in an eighth of bfloat16's bytes for
-    2 bits; layers whose method has one scale for a whole weight go on as they are."""
+    """With fsdp: gather quantized weights as codes of their bits. The same numbers, in an eighth of bfloat16's bytes
+    for 2 bits; layers whose method has one scale for a whole weight go on as they are."""
     sync_statistics: bool = True
     """Take statistics over all processes' shares of a batch. Without: each over its own, and the running averages
     are averaged once a step, which saves two short messages a quantizer."""
