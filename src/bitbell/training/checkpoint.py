@@ -5,8 +5,16 @@
         optimizer.safetensors    AdamW's moments, by parameter name
         state.json               format version, step, random state
 
-A checkpoint is written under a temporary name, flushed to the disk, and renamed: a crash at any moment leaves the
-last good one. Older ones are deleted only after that.
+Of a run whose processes hold parts of the parameters (FSDP), each writes its own part, and nothing is gathered:
+
+        shard-00002-....safetensors    rows of process 2: parameters, buffers, and moments as NAME:exp_avg ...
+        state.json                     format version 2, and the names of the shards
+
+Either kind is read by one process and by any number of them. A checkpoint is written under a temporary name, flushed
+to the disk, and renamed: a crash at any moment leaves the last good one. Older ones are deleted only after that.
+
+Shards are written and read by `torch.distributed.checkpoint` in its safetensors form, where a file's header says which
+rows it holds. (Its other form keeps that in a pickled file.)
 """
 
 from __future__ import annotations
@@ -14,6 +22,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +30,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-FORMAT_VERSION = 1
+from bitbell.training.distributed import ONE_PROCESS, World, is_sharded
+
+FORMAT_VERSION, SHARDED_VERSION = 1, 2
+# Types of a model's tensors by the names that safetensors gives them.
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 class CheckpointError(OSError):
@@ -43,53 +65,140 @@ def list_checkpoints(run: Path) -> list[Checkpoint]:
 
 
 def _is_whole(path: Path) -> bool:
-    return all((path / name).is_file() for name in ("state.json", "model.safetensors", "optimizer.safetensors"))
+    try:
+        shards = json.loads((path / "state.json").read_text(encoding="utf-8")).get("shards")
+    except (OSError, ValueError, AttributeError):
+        shards = None
+    names = shards or ("model.safetensors", "optimizer.safetensors")
+    return all((path / name).is_file() for name in ("state.json", *names))
 
 
-def save_checkpoint(run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, keep: int) -> Checkpoint:
-    """Write a checkpoint, then delete all but the newest `keep`.
+def save_checkpoint(
+    run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, keep: int, world: World = ONE_PROCESS
+) -> Checkpoint:
+    """Write a checkpoint, then delete all but the newest `keep`. All processes of `world` call it.
 
     One that is there already is left as it is, since the state is a function of the step. Raises CheckpointError with
     the last good one intact.
     """
-    from safetensors.torch import save_file
-
     folder = run / "checkpoints"
     final, partial = folder / f"step-{step:08d}", folder / f"partial-{step:08d}"
-    state = {"format_version": FORMAT_VERSION, "step": step, "random_state": _random_state()}
-    if _is_whole(final):
+    if world.first(lambda: _is_whole(final)):
         return Checkpoint(final, step)
     try:
-        for left_over in folder.glob("partial-*"):  # of a process that was killed
-            shutil.rmtree(left_over, ignore_errors=True)
-        partial.mkdir(parents=True)
-        save_file(_plain(model.state_dict()), partial / "model.safetensors")
-        save_file(_plain(_moments(model, optimizer)), partial / "optimizer.safetensors")
-        (partial / "state.json").write_text(json.dumps(state), encoding="utf-8")
-        for path in (*partial.iterdir(), partial):
-            _flush(path)
-        if final.exists():
-            shutil.rmtree(final)
-        os.replace(partial, final)
-        _flush(folder)
+        world.first(lambda: _make_anew(partial))
+        state = {"format_version": FORMAT_VERSION, "step": step, "random_state": _random_state()}
+        if is_sharded(model):
+            state |= {"format_version": SHARDED_VERSION, "processes": world.size}
+            _write_shards(_named_state(model, optimizer), partial)
+        else:
+            world.first(lambda: _write_files(model, optimizer, partial))
+        world.first(lambda: _put_in_place(state, partial, final))
     except Exception as error:  # safetensors has errors of its own beside OSError
-        shutil.rmtree(partial, ignore_errors=True)
+        if world.is_first:
+            shutil.rmtree(partial, ignore_errors=True)
         good = list_checkpoints(run)
         last = f"the last good checkpoint is {good[-1].path}" if good else "there is no earlier checkpoint"
         raise CheckpointError(f"could not write the checkpoint of step {step} to {final}: {error}; {last}") from error
-    for old in list_checkpoints(run)[:-keep]:
-        shutil.rmtree(old.path, ignore_errors=True)
+    if world.is_first:
+        for old in list_checkpoints(run)[:-keep]:
+            shutil.rmtree(old.path, ignore_errors=True)
     return Checkpoint(final, step)
 
 
+def _make_anew(partial: Path) -> None:
+    for left_over in partial.parent.glob("partial-*"):  # of a process that was killed
+        shutil.rmtree(left_over, ignore_errors=True)
+    partial.mkdir(parents=True)
+
+
+def _write_files(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file(_plain(model.state_dict()), folder / "model.safetensors")
+    save_file(_plain(_moments(model, optimizer)), folder / "optimizer.safetensors")
+
+
+def _write_shards(state: dict[str, Tensor], folder: Path) -> None:
+    import torch.distributed.checkpoint as sharded
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+
+    sharded.save(state, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+
+
+def _put_in_place(state: dict[str, Any], partial: Path, final: Path) -> None:
+    shards = sorted(path.name for path in partial.glob("shard-*.safetensors"))
+    state = state | ({"shards": shards} if shards else {})
+    (partial / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    for path in (*partial.iterdir(), partial):
+        _flush(path)
+    if final.exists():
+        shutil.rmtree(final)
+    os.replace(partial, final)
+    _flush(final.parent)
+
+
 def load_checkpoint(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Load model, moments and random state in place. Raises CheckpointError naming the file or tensor that does not
-    fit."""
-    state = _read_state(checkpoint.path)
-    _load_tensors(model, _read_tensors(checkpoint.path / "model.safetensors"), checkpoint.path)
+    """Load model, moments and random state in place, whoever wrote them. Raises CheckpointError naming the file or
+    tensor that does not fit."""
+    path = checkpoint.path
+    state = _read_state(path)
+    if "shards" in state or is_sharded(model):
+        _load_parts(path, state, model, optimizer)
+    else:
+        _load_tensors(model, _read_tensors(path / "model.safetensors"), path)
+        if optimizer is not None:
+            _restore_moments(model, optimizer, _read_tensors(path / "optimizer.safetensors"), path)
     if optimizer is not None:
-        _restore_moments(model, optimizer, _read_tensors(checkpoint.path / "optimizer.safetensors"), checkpoint.path)
         torch.set_rng_state(torch.tensor(list(bytes.fromhex(state["random_state"])), dtype=torch.uint8))
+
+
+def _load_parts(path: Path, state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    """Read of every file what this process holds of its tensors."""
+    import torch.distributed.checkpoint as sharded
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
+    shapes = _shapes_in(path, state.get("shards", ("model.safetensors", "optimizer.safetensors")))
+    own = model.state_dict()
+    _check_shapes(own, {name: shape for name, shape in shapes.items() if ":" not in name}, path)
+    wanted = {name: torch.empty_like(tensor) for name, tensor in own.items()}
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad and optimizer is not None}
+    for name, parameter in parameters.items():
+        keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}:{key}" in shapes]
+        if not keys:
+            raise CheckpointError(f"{path}: the moments of {name} are missing")
+        for key in keys:
+            wanted[f"{name}:{key}"] = torch.zeros(()) if key == "step" else torch.empty_like(parameter.detach())
+    try:
+        sharded.load(wanted, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=not is_sharded(model))
+    except Exception as error:  # of several kinds, some of them gathered from other processes
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    model.load_state_dict({name: wanted[name] for name in own})
+    if optimizer is not None:
+        for name, parameter in parameters.items():
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                if (moment := wanted.get(f"{name}:{key}")) is not None:
+                    optimizer.state[parameter][key] = moment.to(parameter.device)
+
+
+def _shapes_in(path: Path, files: Sequence[str]) -> dict[str, tuple[torch.dtype, torch.Size]]:
+    """Type and whole shape of every tensor in a checkpoint's files, by their headers."""
+    from safetensors import safe_open
+
+    found: dict[str, tuple[torch.dtype, torch.Size]] = {}
+    for file in files:
+        try:
+            with safe_open(path / file, "pt") as tensors:
+                offsets = json.loads((tensors.metadata() or {}).get("DCP_SHARDING_INFO", "{}"))
+                for name in tensors.keys():  # noqa: SIM118 (no dictionary)
+                    part = tensors.get_slice(name)
+                    start = offsets.get(name, {}).get("saved_offsets", [0] * len(part.get_shape()))
+                    ends = [o + n for o, n in zip(start, part.get_shape(), strict=True)]
+                    before = found[name][1] if name in found else ends
+                    found[name] = DTYPES[part.get_dtype()], torch.Size(map(max, before, ends))
+        except Exception as error:  # safetensors has errors of its own beside OSError
+            raise CheckpointError(f"{path / file} cannot be read: {error}") from None
+    return found
 
 
 def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -99,6 +208,10 @@ def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _random_state() -> str:
     return bytes(torch.get_rng_state().tolist()).hex()
+
+
+def _named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    return {name: tensor.detach() for name, tensor in (model.state_dict() | _moments(model, optimizer)).items()}
 
 
 def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -128,17 +241,21 @@ def _restore_moments(
 
 
 def _load_tensors(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    own = model.state_dict()
-    for name in sorted(own.keys() ^ tensors.keys()):
-        where = "is missing from the checkpoint" if name in own else "is in the checkpoint but not in the model"
-        raise CheckpointError(f"{path / 'model.safetensors'}: {name} {where}; was the run made with another recipe?")
-    for name, value in tensors.items():
-        if value.shape != own[name].shape or value.dtype != own[name].dtype:
-            raise CheckpointError(
-                f"{path / 'model.safetensors'}: {name} is {value.dtype} {tuple(value.shape)}, "
-                f"the model has {own[name].dtype} {tuple(own[name].shape)}"
-            )
+    found = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+    _check_shapes(model.state_dict(), found, path / "model.safetensors")
     model.load_state_dict(tensors)
+
+
+def _check_shapes(own: dict[str, Tensor], found: dict[str, tuple[torch.dtype, torch.Size]], path: Path) -> None:
+    """Raise CheckpointError, naming the first tensor, unless a model's tensors are those `found` at `path`."""
+    for name in sorted(own.keys() ^ found.keys()):
+        where = "is missing from the checkpoint" if name in own else "is in the checkpoint but not in the model"
+        raise CheckpointError(f"{path}: {name} {where}; was the run made with another recipe?")
+    for name, (dtype, shape) in found.items():
+        if shape != own[name].shape or dtype != own[name].dtype:
+            raise CheckpointError(
+                f"{path}: {name} is {dtype} {tuple(shape)}, the model has {own[name].dtype} {tuple(own[name].shape)}"
+            )
 
 
 def _read_state(path: Path) -> dict[str, Any]:
@@ -146,10 +263,10 @@ def _read_state(path: Path) -> dict[str, Any]:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path / 'state.json'} cannot be read: {error}") from None
-    if state.get("format_version") != FORMAT_VERSION:
+    if state.get("format_version") not in (FORMAT_VERSION, SHARDED_VERSION):
         raise CheckpointError(
             f"{path / 'state.json'} has format version {state.get('format_version')!r}; "
-            f"this bitbell reads {FORMAT_VERSION}"
+            f"this bitbell reads {FORMAT_VERSION} and {SHARDED_VERSION}"
         )
     return state
 

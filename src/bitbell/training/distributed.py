@@ -90,6 +90,9 @@ class World:
             yield
 
 
+ONE_PROCESS = World()
+
+
 @contextmanager
 def join(device: str) -> Iterator[World]:
     """The processes that torchrun started this one with, or this one alone.
@@ -99,7 +102,7 @@ def join(device: str) -> Iterator[World]:
     """
     joined_before = dist.is_available() and dist.is_initialized()
     if not joined_before and int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        yield World()
+        yield ONE_PROCESS
         return
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if device.startswith("cuda:"):
@@ -202,7 +205,8 @@ def _shard(model: nn.Module, config: TrainConfig, say: Callable[[str], object]) 
         if config.compile:
             block.compile()
         fully_shard(block, mesh=mesh, ignored_params=ignored)
-    return fully_shard(model, mesh=mesh, ignored_params=ignored)
+    fully_shard(model, mesh=mesh, ignored_params=ignored)
+    return model
 
 
 def _gather_low_bits(model: nn.Module, mesh: Any, say: Callable[[str], object]) -> set[nn.Parameter]:
@@ -293,7 +297,8 @@ def measure_together(
     total = world.sum([loss_of(torch.cat(mine)) if mine else 0.0])[0]
     if even < len(windows):  # too few for all: every process measures all of them
         total += loss_of(windows[even:])
-    if hasattr(model, "reshard"):  # FSDP keeps the outermost parameters together after a forward pass
-        model.reshard()
+    reshard: Any = getattr(model, "reshard", None)
+    if reshard is not None:  # FSDP keeps the outermost parameters together after a forward pass
+        reshard()
     tokens = windows.shape[0] * (windows.shape[1] - 1)
     return LanguageModelLoss(total / tokens, tokens, bytes_per_token)

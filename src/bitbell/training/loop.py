@@ -3,6 +3,10 @@
     batch(step) --forward, backward (accumulation times)--> FOGZO, if asked for --> clip --> AdamW at
     learning_rate_at(step) --> journal, checkpoint
 
+Several processes (`bitbell.training.distributed`) take the same steps together, each with its share of every batch. The
+first one writes and speaks. What one of them sees (a loss that is not finite, a request to stop) all act upon, after
+the same step.
+
 Everything a step depends on is a function of the step number (data, learning rate, FOGZO's noise) or part of the
 checkpoint (weights, scales, statistics, moments), so a run that is stopped anywhere and started again ends with the
 same numbers.
@@ -16,6 +20,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from io import StringIO
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
@@ -24,18 +29,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bitbell.data import Batches, TokenDataset, windows
-from bitbell.evaluation import Evaluation, evaluate, logits_of, measure_loss, weight_entropies
+from bitbell.data import TokenDataset, windows
+from bitbell.evaluation import Evaluation, LanguageModelLoss, evaluate, logits_of, weight_entropies
 from bitbell.evaluation.loss import autocast
 from bitbell.layers import TrainedLayer, calibrate, quantized_layers, report
 from bitbell.models import find_preset
-from bitbell.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from bitbell.training.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from bitbell.training.config import TrainConfig
+from bitbell.training.distributed import (
+    World,
+    average_running_statistics,
+    clip_gradients,
+    distribute,
+    gradients_synchronised,
+    join,
+    measure_together,
+    share_of_batches,
+    share_statistics,
+    whole,
+)
 from bitbell.training.fogzo import Fogzo, beta_at
 from bitbell.training.health import TrainingDiverged, first_bad_gradient, first_not_finite
 from bitbell.training.journal import Journal, Progress, read_metrics
 from bitbell.training.optimizer import learning_rate_at, make_optimizer
-from bitbell.training.run import build_run_model, lock_run, open_run, read_json, write_json
+from bitbell.training.run import build_run_model, load_run, lock_run, open_run, read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -58,26 +75,31 @@ def train(config: TrainConfig, progress: Progress | None = None) -> TrainingResu
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    with join(config.device) as world:
+        return _train(config, progress or Progress(config.steps, None if world.is_first else StringIO()), world)
+
+
+def _train(config: TrainConfig, progress: Progress, world: World) -> TrainingResult:
     dataset = TokenDataset.open(config.data)
-    progress = progress or Progress(config.steps)
-    device = pick_device(config.device)
+    device = pick_device(config.device, world.local_rank if world.size > 1 else None)
     precision = pick_precision(config.precision, device)
-    with lock_run(Path(config.out)):
-        finished = Path(config.out) / "summary.json"
-        if finished.exists():
-            run = open_run(config, dataset, dtype_name(precision))
+    out = Path(config.out)
+    with world.held_by_first(lambda: lock_run(out)):
+        if world.first(lambda: (out / "summary.json").exists()):
+            run = world.first(lambda: open_run(config, dataset, dtype_name(precision)))
             progress.say(f"{run} is finished already")
-            return TrainingResult(run, config.steps, "finished", read_json(finished))
-        return _Run(config, dataset, device, precision, progress).go()
+            return TrainingResult(run, config.steps, "finished", read_json(run / "summary.json"))
+        return _Run(config, dataset, device, precision, progress, world).go()
 
 
-def pick_device(name: str) -> torch.device:
-    """The torch device for "auto", "cpu", "cuda" or "cuda:N". Raises ValueError for cuda without a GPU."""
+def pick_device(name: str, local_rank: int | None = None) -> torch.device:
+    """The torch device for "auto", "cpu", "cuda" or "cuda:N"; the GPU of a process's own for its `local_rank`. Raises
+    ValueError for cuda without a GPU."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device={name} but PyTorch sees no GPU here; use --device cpu")
-    return torch.device(name)
+    return torch.device(name) if name != "cuda" or local_rank is None else torch.device("cuda", local_rank)
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
@@ -106,12 +128,11 @@ class _Run:
         device: torch.device,
         precision: torch.dtype,
         progress: Progress,
+        world: World,
     ) -> None:
-        self.config, self.dataset, self.progress = config, dataset, progress
+        self.config, self.dataset, self.progress, self.world = config, dataset, progress, world
         self.device, self.precision = device, precision
-        self.batches = Batches(
-            dataset, "train", batch_size=config.batch_size, sequence_length=config.sequence_length, seed=config.seed
-        )
+        self.batches = share_of_batches(dataset, config, world)
         self.validation = windows(
             dataset, "valid", sequence_length=config.sequence_length, limit=config.evaluate_windows
         )
@@ -121,24 +142,28 @@ class _Run:
         self.fogzo: Fogzo | None = None
         if config.fogzo:
             self.fogzo = Fogzo(self.model, noise=config.fogzo_noise, samples=config.fogzo_samples, seed=config.seed)
-        self.run = open_run(config, dataset, dtype_name(precision))
-        self.optimizer = make_optimizer(self.model, config, self.peak)
-        self.step = self._restore()
-        self.forward: nn.Module = torch.compile(self.model) if config.compile else self.model  # type: ignore[assignment]
-        self.journal = Journal(self.run, self.step, config.tensorboard)
-        self.stop_requested = False
+        self.run = world.first(lambda: open_run(config, dataset, dtype_name(precision)))
+        self._prepare(world.first(lambda: list_checkpoints(self.run)))
+        self.journal = Journal(self.run, self.step, config.tensorboard) if world.is_first else None
+        self.stop_requested = self.stop_agreed = False
 
-    def _restore(self) -> int:
-        """Load the newest checkpoint, or calibrate the fresh model on its first batch; return the steps done."""
-        checkpoints = list_checkpoints(self.run)
-        if checkpoints:
-            load_checkpoint(checkpoints[-1], self.model, self.optimizer)
-            self.progress.say(f"continuing {self.run} after step {checkpoints[-1].step}")
-            return checkpoints[-1].step
-        if any(True for _ in quantized_layers(self.model)):
+    def _prepare(self, checkpoints: list[Checkpoint]) -> None:
+        """The model with the state of the newest checkpoint, or calibrated on its first batch, spread over the
+        processes, and its optimizer."""
+        config, world = self.config, self.world
+        share_statistics(self.model, world.statistics)
+        if not checkpoints and any(True for _ in quantized_layers(self.model)):
             with autocast(self.model, self.precision):
                 calibrate(self.model, self._tokens(0)[:, :-1])
-        return 0
+        if not config.sync_statistics:
+            share_statistics(self.model, world.statistics._replace(group=None))
+        self.forward = distribute(self.model, config, world, self.progress.say)
+        self.optimizer = make_optimizer(self.model, config, self.peak)
+        self.step = 0
+        if checkpoints:
+            self.step = checkpoints[-1].step
+            load_checkpoint(checkpoints[-1], self.model, self.optimizer)
+            self.progress.say(f"continuing {self.run} after step {self.step}")
 
     def _tokens(self, micro_batch: int) -> Tensor:
         return self.batches.batch(micro_batch).to(self.device)
@@ -152,7 +177,7 @@ class _Run:
         self.model.train()
         try:
             with _stop_on_signals(self):
-                while self.step < last and not self.stop_requested:
+                while self.step < last and not self._is_stopping():
                     self._take_step()
                     self._report_step(at_end=self.step == last)
             if self.step < self.config.steps:
@@ -163,29 +188,51 @@ class _Run:
                 return TrainingResult(self.run, self.step, "stopped")
             return TrainingResult(self.run, self.step, "finished", self._finish())
         finally:
-            self.journal.close()
+            if self.journal is not None:
+                self.journal.close()
+
+    def _is_stopping(self) -> bool:
+        return self.stop_requested if self.world.size == 1 else self.stop_agreed
+
+    def _record(self, event: str, step: int, **values: Any) -> None:
+        if self.journal is not None:
+            self.journal.write(event, step, **values)
 
     def _take_step(self) -> None:
         config = self.config
         rate = learning_rate_at(self.step, steps=config.steps, peak=self.peak, warmup=config.warmup, final=config.final)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["rate"]
-        total = 0.0
-        for tokens in self._micro_batches():
-            loss = self._loss(tokens)
-            if not math.isfinite(value := loss.item()):
-                self._diverge(f"the loss is {value}", first_not_finite(self.model, tokens[:, :-1]))
-            (loss / config.accumulation).backward()
-            total += value / config.accumulation
+        losses = []
+        for index, tokens in enumerate(self._micro_batches(), 1):
+            with gradients_synchronised(self.forward, now=index == config.accumulation):
+                loss = self._loss(tokens)
+                (loss / config.accumulation).backward()
+            losses.append(loss.detach())
+        total = self._agree_on_losses(torch.stack(losses).tolist())
         self._correct_gradients()
-        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip))
+        norm = clip_gradients(self.model, config.clip, self.world)
         if not math.isfinite(norm):
-            self._diverge(f"the gradient norm is {norm}", first_bad_gradient(self.model))
+            self._diverge(f"the gradient norm is {norm}", first_bad_gradient(self.model, self.world.smallest))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.world.size > 1 and not config.sync_statistics:
+            average_running_statistics(self.model, self.world.statistics)
         self.step += 1
         self.losses.append(total)
         self.rate, self.norm = rate, norm
+
+    def _agree_on_losses(self, losses: list[float]) -> float:
+        """The mean loss of the step's micro-batches over all processes, once it is finite; also whether to stop."""
+        *sums, stops = self.world.sum([*losses, float(self.stop_requested)])
+        self.stop_agreed = stops > 0
+        means = [value / self.world.size for value in sums]
+        bad = next((index for index, mean in enumerate(means) if not math.isfinite(mean)), None)
+        if bad is not None:
+            tokens = list(self._micro_batches())[bad]
+            where = first_not_finite(self.model, tokens[:, :-1], self.world.smallest)
+            self._diverge(f"the loss is {means[bad]}", where)
+        return sum(value / self.config.accumulation for value in means)
 
     def _micro_batches(self) -> Iterator[Tensor]:
         for index in range(self.config.accumulation):
@@ -206,7 +253,8 @@ class _Run:
             return
 
         def loss() -> float:
-            return sum(self._loss(tokens).item() for tokens in self._micro_batches()) / config.accumulation
+            here = sum(self._loss(tokens).item() for tokens in self._micro_batches())
+            return self.world.sum([here])[0] / self.world.size / config.accumulation
 
         try:
             self.agreements.append(self.fogzo.correct(loss, beta=beta, step=self.step).agreement)
@@ -216,7 +264,7 @@ class _Run:
     def _diverge(self, what: str, where: str) -> None:
         good = list_checkpoints(self.run)
         kept = f"the last good checkpoint is {good[-1].path}" if good else "there is no checkpoint yet"
-        self.journal.write("diverged", self.step + 1, reason=f"{what}, first in {where}")
+        self._record("diverged", self.step + 1, reason=f"{what}, first in {where}")
         raise TrainingDiverged(f"{what} at step {self.step + 1}, first in {where}; {kept}")
 
     def _report_step(self, at_end: bool) -> None:
@@ -242,7 +290,7 @@ class _Run:
         step_seconds = (now - self.logged_at - self.paused) / max(done, 1)
         tokens = config.batch_size * config.accumulation * config.sequence_length / max(step_seconds, 1e-9)
         loss = sum(self.losses) / len(self.losses)
-        self.journal.write(
+        self._record(
             "train",
             self.step,
             loss=loss,
@@ -250,7 +298,7 @@ class _Run:
             gradient_norm=self.norm,
             tokens_per_second=tokens,
             step_seconds=step_seconds,
-            seconds=self.journal.seconds_before + now - self.started,
+            seconds=(self.journal.seconds_before if self.journal else 0.0) + now - self.started,
             **({"fogzo_agreement": sum(self.agreements) / len(self.agreements)} if self.agreements else {}),
         )
         self.progress.show(self.step, loss, self.rate, tokens, (config.steps - self.step) * step_seconds)
@@ -258,22 +306,16 @@ class _Run:
         self.logged_step, self.paused, self.logged_at = self.step, 0.0, time.perf_counter()
 
     def _log_quantizers(self) -> None:
-        entropies = weight_entropies(self.model)
-        layers = {
-            name: {"weight_entropy": entropies[name], **_scales(layer)} for name, layer in quantized_layers(self.model)
-        }
+        layers = {}
+        for name, layer in quantized_layers(self.model):
+            with whole(layer, *filter(None, [layer.activation_quantizer])):  # which a sibling may own
+                layers[name] = {"weight_entropy": weight_entropies(layer)[""], **_scales(layer)}
         if layers:
-            self.journal.write("quantizers", self.step, layers=layers)
+            self._record("quantizers", self.step, layers=layers)
 
     def _validate(self) -> None:
-        measured = measure_loss(
-            self.model,
-            self.validation,
-            bytes_per_token=self.bytes_per_token,
-            batch_size=self.config.batch_size,
-            precision=self.precision,
-        )
-        self.journal.write(
+        measured = self._measure(self.validation)
+        self._record(
             "valid",
             self.step,
             loss=measured.loss,
@@ -284,30 +326,57 @@ class _Run:
             f"step {self.step}  validation loss {measured.loss:.4f}  perplexity {measured.perplexity:.2f}"
         )
 
+    def _measure(self, data: Tensor) -> LanguageModelLoss:
+        return measure_together(
+            self.model,
+            data,
+            self.world,
+            bytes_per_token=self.bytes_per_token,
+            batch_size=self.config.batch_size,
+            precision=self.precision,
+        )
+
     def _checkpoint(self) -> None:
-        save_checkpoint(self.run, self.step, self.model, self.optimizer, self.config.keep_checkpoints)
+        keep = self.config.keep_checkpoints
+        save_checkpoint(self.run, self.step, self.model, self.optimizer, keep, self.world)
 
     def _finish(self) -> dict[str, Any]:
         """Checkpoint, evaluate on the validation split, and write the summary."""
         self._checkpoint()
-        result = evaluate(
-            self.model,
-            self.dataset,
-            sequence_length=self.config.sequence_length,
-            limit=self.config.final_windows,
-            batch_size=self.config.batch_size,
-            precision=self.precision,
+        config = self.config
+        data = windows(self.dataset, "valid", sequence_length=config.sequence_length, limit=config.final_windows)
+        measured = self._measure(data)
+        summary = self.world.first(lambda: self._summarize(measured))
+        self._record(
+            "valid",
+            self.step,
+            loss=measured.loss,
+            perplexity=measured.perplexity,
+            bits_per_byte=measured.bits_per_byte,
         )
-        summary = summarize(self.run, self.config, self.model, result, self.precision)
-        write_json(self.run / "summary.json", summary)
-        self.journal.write(
-            "valid", self.step, loss=result.loss, perplexity=result.perplexity, bits_per_byte=result.bits_per_byte
-        )
-        self.journal.write("end", self.step)
+        self._record("end", self.step)
         self.progress.say(
-            f"finished: validation loss {result.loss:.4f}, perplexity {result.perplexity:.2f}, "
-            f"{result.bits_per_byte:.3f} bits/byte"
+            f"finished: validation loss {measured.loss:.4f}, perplexity {measured.perplexity:.2f}, "
+            f"{measured.bits_per_byte:.3f} bits/byte"
         )
+        return summary
+
+    def _summarize(self, measured: LanguageModelLoss) -> dict[str, Any]:
+        """Write the summary, in one process; of several, from the checkpoint, whose quantizers wait for no other."""
+        config = self.config
+        model = self.model if self.world.size == 1 else load_run(self.run)[0].to(self.device)
+        result = evaluate(
+            model,
+            self.dataset,
+            sequence_length=config.sequence_length,
+            limit=config.final_windows,
+            batch_size=config.batch_size // self.world.size,
+            precision=self.precision,
+            measured=measured,
+            code_windows=4 * config.batch_size,
+        )
+        summary = summarize(self.run, config, model, result, self.precision)
+        write_json(self.run / "summary.json", summary)
         return summary
 
 
