@@ -1,9 +1,9 @@
 """Launches of the quantizers' kernels: tensors and a plan in, tensors out. Imports Triton.
 
-How many programs: a multiprocessor of an H200 keeps 4.8 TB/s / 132 busy with about 25 KB on the way, which are some
-16 warps. Rows that are measured belong to one program each, so that 16 rows a program leave the most programs; where
-the size is given, rows are cut into ranges of columns instead, and programs are larger, so that the rotation's matrix
-(32 KB) is read for at least 128 KB of x.
+How many programs: a multiprocessor of an H200 keeps 4.8 TB/s / 132 busy with about 25 KB on the way, which is two
+tiles, and four programs of four warps fit into it. So there should be at least 4 x 132 programs, and from there on each
+should take several tiles, since it reads the rotation's matrix (32 KB, two tiles) from the cache first. A row that is
+measured belongs to one program; where the size is given, rows are cut into ranges of columns too.
 """
 
 from __future__ import annotations
@@ -20,26 +20,36 @@ from bitbell.kernels.quantize import Plan, shapes
 from bitbell.kernels.triton.gradient import gradient_kernel
 from bitbell.kernels.triton.quantize import measure_kernel, quantize_kernel
 
-BLOCK = 128  # columns of a tile
+TILE, BLOCK = 64, 128  # entries and columns of a tile
+PROGRAMS = 4 * 132
+MOST_TILES = 16  # of a program whose rows are cut
+WARPS = 4
 MOST_PARTIALS = 512  # programs of a measurement of everything
 NARROW = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 class Tiling(NamedTuple):
-    """rows: of a program. chunk: its columns, a multiple of BLOCK. grid: programs by rows, and by columns."""
+    """span: entries of a tile that lie in one row. chunk: columns of a program. grid: programs by rows, by columns."""
 
-    rows: int
+    span: int
     chunk: int
     grid: tuple[int, int]
-    warps: int
 
     @classmethod
     def of(cls, rows: int, columns: int, whole_rows: bool) -> Tiling:
-        if whole_rows or rows <= 16:
-            height, chunk, warps = 16, columns if whole_rows else 1024, 4
-        else:
-            height, chunk, warps = 32, 2048, 8
-        return cls(height, max(chunk, 1), (-(-rows // height), max(-(-columns // chunk), 1)), warps)
+        blocks = -(-columns // BLOCK)
+        widest = min(_power_of_two(blocks), TILE)
+        if whole_rows:
+            span = min(_power_of_two(-(-PROGRAMS * TILE // rows)), widest)
+            return cls(span, columns, (-(-rows * span // TILE), 1))
+        span = min(4, widest)
+        tiles = -(-rows * span // TILE) * -(-blocks // span)
+        chunk = min(max(tiles // PROGRAMS, 1), MOST_TILES) * span * BLOCK
+        return cls(span, chunk, (-(-rows * span // TILE), -(-columns // chunk)))
+
+
+def _power_of_two(at_least: int) -> int:
+    return 1 << (at_least - 1).bit_length()
 
 
 def quantize(
@@ -77,7 +87,7 @@ def quantize(
             SIZE_ROWS=_by_row(base), SCALE_ROWS=_by_row(scale), STEP_ROWS=len(step_shape) > 1,
             CODES=plan.codes, STEP_FROM_SCALE=plan.step_from_scale, CENTRED=plan.centred and offset is not None,
             ADD=plan.round_add, LOW=plan.low, HIGH=plan.high, PLUS=plan.code_plus,
-            ROWS=tiling.rows, BLOCK=BLOCK, WIDE=4, num_warps=tiling.warps,
+            TILE=TILE, SPAN=tiling.span, BLOCK=BLOCK, num_warps=WARPS,
         )  # fmt: skip
     return step, measured
 
@@ -100,7 +110,7 @@ def gradient(
     rows = x.numel() // columns
     radial = "none" if not plan.radial or not wants_x else "row" if plan.by_row else "sum"
     tiling = Tiling.of(rows, columns, whole_rows=radial == "row")
-    sums = torch.empty((3, rows, tiling.grid[1]), dtype=torch.float32, device=x.device)
+    sums = torch.empty((3, rows, tiling.grid[1] * tiling.span), dtype=torch.float32, device=x.device)
     grad = torch.empty_like(x) if wants_x else None
     base = scale if size is None else size
     along = None
@@ -117,7 +127,8 @@ def gradient(
                 SLOPE=plan.slope, RELATIVE=plan.relative, RADIAL=part,
                 SCALE_GRADIENT="none" if scale is None else plan.scale_gradient,
                 OFFSET_GRADIENT="none" if offset is None else plan.offset_gradient,
-                NARROW=NARROW.get(narrow, tl.float32), ROWS=tiling.rows, BLOCK=BLOCK, num_warps=tiling.warps,
+                NARROW=NARROW.get(narrow, tl.float32), TILE=TILE, SPAN=tiling.span,
+                BLOCK=BLOCK, num_warps=WARPS,
             )  # fmt: skip
             if part == "sum":
                 along = sums[2].sum() / x.numel()
@@ -126,13 +137,13 @@ def gradient(
 
 def _measure(plan: Plan, x: Tensor) -> Tensor:
     """Partial statistics of all of x, (a power of two,) float32."""
-    tiles = -(-x.numel() // (32 * BLOCK))
-    programs = min(1 << (tiles - 1).bit_length(), MOST_PARTIALS)
+    tiles = -(-x.numel() // (TILE * BLOCK))
+    programs = min(_power_of_two(tiles), MOST_PARTIALS)
     partials = torch.empty(programs, dtype=torch.float32, device=x.device)
     matrix = rotation_matrix(plan.rotation, x.device)
     with torch.cuda.device_of(x):
         measure_kernel[(programs,)](
-            x, matrix, partials, x.numel(), plan.statistic, plan.rotation, ROWS=32, BLOCK=BLOCK, num_warps=8
+            x, matrix, partials, x.numel(), plan.statistic, plan.rotation, TILE=TILE, BLOCK=BLOCK, num_warps=WARPS
         )
     return partials
 

@@ -10,8 +10,10 @@ Operations: the rotation multiplies by a matrix of +-1, exact in bfloat16, 256 o
 which add in float32; 1/sqrt(block) comes after. A float32 x is the exact sum of three bfloat16 numbers, and costs three
 such products. Up to 4 bits, thresholds are compared with as a tree: 4 comparisons for 15 thresholds.
 
-A program has ROWS rows and a range of columns, in tiles of 128: rotation blocks are powers of two up to 128, so that
-one block-diagonal matrix serves them all. Where a row is measured, its program has all its columns.
+Tiles are 64 x 128, which is what Hopper's tensor cores take at once with the matrix in shared memory: 128 columns,
+since rotation blocks are powers of two up to 128, so that one block-diagonal matrix serves them all; and 64 entries,
+of which SPAN lie side by side in a row. A program has 64 / SPAN rows, and of each a range of columns ("chunk"), or all
+columns where rows are measured.
 """
 
 # mypy: ignore-errors
@@ -26,6 +28,7 @@ from bitbell.kernels.triton.tiles import (
     load_by_row,
     load_matrix,
     load_thresholds,
+    over_rows,
     pack_tile,
     pack_word,
     rotate_tile,
@@ -40,35 +43,76 @@ def measure_kernel(
     count,
     STATISTIC: tl.constexpr,
     ROTATION: tl.constexpr,
-    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Partial sums (or maxima) over x, which is seen as rows of 128; one a program."""
+    ROTATED: tl.constexpr = (ROTATION > 1) and (STATISTIC != "rms")  # a rotation changes no sum of squares
     NORM: tl.constexpr = ROTATION**-0.5
-    total = tl.zeros((ROWS, BLOCK), tl.float32)
-    place = tl.arange(0, ROWS)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    if (ROTATION > 1) & (STATISTIC != "rms"):
+    total = tl.zeros((TILE, BLOCK), tl.float32)
+    place = tl.arange(0, TILE)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    if ROTATED:
         matrix = load_matrix(matrix_ptr, BLOCK)
-    step = tl.num_programs(0).to(tl.int64) * (ROWS * BLOCK)
-    for start in range(tl.program_id(0).to(tl.int64) * (ROWS * BLOCK), count, step):
+    stride = tl.num_programs(0).to(tl.int64) * (TILE * BLOCK)
+    for start in range(tl.program_id(0).to(tl.int64) * (TILE * BLOCK), count, stride):
         x = tl.load(x_ptr + start + place, mask=start + place < count, other=0.0)
-        if STATISTIC == "rms":  # a rotation changes no sum of squares
-            h = x.to(tl.float32)
-            total += h * h
+        if ROTATED:
+            h = rotate_tile(x, matrix, NORM)
         else:
-            if ROTATION > 1:
-                h = tl.abs(rotate_tile(x, matrix, NORM))
-            else:
-                h = tl.abs(x.to(tl.float32))
-            if STATISTIC == "absmax":
-                total = tl.maximum(total, h, propagate_nan=tl.PropagateNan.ALL)
-            else:
-                total += h
+            h = x.to(tl.float32)
+        if STATISTIC == "rms":
+            total += h * h
+        elif STATISTIC == "absmax":
+            total = tl.maximum(total, tl.abs(h), propagate_nan=tl.PropagateNan.ALL)
+        else:
+            total += tl.abs(h)
     if STATISTIC == "absmax":
         partial = tl.max(tl.max(total, axis=1), axis=0) + tl.sum(tl.sum(total * 0.0, axis=1), axis=0)
     else:
         partial = tl.sum(tl.sum(total, axis=1), axis=0)
     tl.store(partials_ptr + tl.program_id(0), partial)
+
+
+@triton.jit
+def measure_rows(
+    x_ptr,
+    row,
+    offset,
+    is_row,
+    columns,
+    matrix_ptr,
+    STATISTIC: tl.constexpr,
+    ROTATION: tl.constexpr,
+    TILE: tl.constexpr,
+    SPAN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The statistic of each entry's row, (TILE,) float32, with NaN and infinity in it."""
+    ROTATED: tl.constexpr = (ROTATION > 1) and (STATISTIC != "rms")
+    NORM: tl.constexpr = ROTATION**-0.5
+    total = tl.zeros((TILE, BLOCK), tl.float32)
+    if ROTATED:
+        matrix = load_matrix(matrix_ptr, BLOCK)
+    for start in range(0, columns, SPAN * BLOCK):
+        column = start + offset[:, None] + tl.arange(0, BLOCK)[None, :]
+        is_here = is_row[:, None] & (column < columns)
+        x = tl.load(x_ptr + row.to(tl.int64)[:, None] * columns + column, mask=is_here, other=0.0)
+        if ROTATED:
+            h = rotate_tile(x, matrix, NORM)
+        else:
+            h = x.to(tl.float32)
+        if STATISTIC == "rms":
+            total += h * h
+        elif STATISTIC == "absmax":
+            total = tl.maximum(total, tl.abs(h), propagate_nan=tl.PropagateNan.ALL)
+        else:
+            total += tl.abs(h)
+    if STATISTIC == "absmax":
+        return over_rows(tl.max(total, axis=1) + tl.sum(total * 0.0, axis=1), False, TILE, SPAN)
+    mean = over_rows(tl.sum(total, axis=1), True, TILE, SPAN) / columns
+    if STATISTIC == "rms":
+        mean = tl.sqrt(mean)
+    return mean
 
 
 @triton.jit
@@ -111,37 +155,42 @@ def quantize_kernel(
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
     PLUS: tl.constexpr,
-    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    SPAN: tl.constexpr,
     BLOCK: tl.constexpr,
-    WIDE: tl.constexpr,
 ):
+    """Codes int8, values float32, packed words: those that have a pointer; and step and size where they are measured.
+
+    Where the size is given, so is the step, and only NaN is written over it. *_ROWS: whether there is one a row.
+    """
     NORM: tl.constexpr = ROTATION**-0.5
-    HALF: tl.constexpr = 2 ** (BITS - 1)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    entry = tl.arange(0, TILE)
+    row = tl.program_id(0) * (TILE // SPAN) + entry // SPAN
+    offset_in_row = entry % SPAN * BLOCK
     is_row = row < rows
-    row_start = x_ptr + row.to(tl.int64)[:, None] * columns
-    column = tl.arange(0, BLOCK)
     first = tl.program_id(1) * chunk
     last = tl.minimum(first + chunk, columns)
     if ROTATION > 1:
         matrix = load_matrix(matrix_ptr, BLOCK)
     t = (0.0,)
-    if (CODES == "table") & (BITS <= 4):
+    if (CODES == "table") and (BITS <= 4):
         t = load_thresholds(table_ptr, BITS)
 
     if STATISTIC == "given":
         base = load_by_row(size_ptr, row, is_row, SIZE_ROWS)
     elif BY_ROW:
-        base = measure_rows(x_ptr, row, is_row, columns, matrix_ptr, STATISTIC, ROTATION, ROWS, BLOCK, WIDE)
+        base = measure_rows(
+            x_ptr, row, offset_in_row, is_row, columns, matrix_ptr, STATISTIC, ROTATION, TILE, SPAN, BLOCK
+        )
     else:
         partials = tl.load(partials_ptr + tl.arange(0, PARTIALS))
         if STATISTIC == "absmax":
-            base = tl.max(partials, axis=0) + 0.0 * tl.sum(partials, axis=0)
-        elif STATISTIC == "rms":
-            base = tl.sqrt(tl.sum(partials, axis=0) / count)
+            of_all = tl.max(partials, axis=0) + 0.0 * tl.sum(partials, axis=0)
         else:
-            base = tl.sum(partials, axis=0) / count
-        base += tl.zeros((ROWS,), tl.float32)
+            of_all = tl.sum(partials, axis=0) / count
+        base = tl.zeros((TILE,), tl.float32) + of_all
+        if STATISTIC == "rms":
+            base = tl.sqrt(base)
     base = tl.maximum(base, smallest, propagate_nan=tl.PropagateNan.ALL)
     if STEP_FROM_SCALE:
         step = load_by_row(scale_ptr, row, is_row, SCALE_ROWS) * step_factor + step_plus
@@ -149,35 +198,30 @@ def quantize_kernel(
         step = base * step_factor + step_plus
     if STATISTIC != "given":
         step += 0.0 * base
-        is_mine = is_row & (row * 0 + tl.program_id(1) == 0)
-        if STEP_ROWS:
-            tl.store(step_ptr + row, step, mask=is_mine)
-        else:
-            tl.store(step_ptr + row * 0, step, mask=is_mine & (row == 0))
-        if BY_ROW:
-            tl.store(measured_ptr + row, base, mask=is_mine)
-        else:
-            tl.store(measured_ptr + row * 0, base, mask=is_mine & (row == 0))
+        is_mine = is_row & (entry % SPAN + tl.program_id(1) == 0)
+        tl.store(step_ptr + row * STEP_ROWS, step, mask=is_mine & (STEP_ROWS | (row == 0)))
+        tl.store(measured_ptr + row * BY_ROW, base, mask=is_mine & (BY_ROW | (row == 0)))
     inverse = 1.0 / (base * divisor + divisor_plus)
     if offset_ptr is not None:
         offset = load_by_row(offset_ptr, row, is_row, SCALE_ROWS)
-    traced = tl.zeros((ROWS, BLOCK), tl.float32)
+    trace = tl.zeros((TILE,), tl.float32)
 
-    for start in range(first, last, BLOCK):
-        is_here = is_row[:, None] & (start + column < columns)[None, :]
-        x = tl.load(row_start + start + column[None, :], mask=is_here, other=0.0)
+    for start in range(first, last, SPAN * BLOCK):
+        column = start + offset_in_row[:, None] + tl.arange(0, BLOCK)[None, :]
+        is_here = is_row[:, None] & (column < last)
+        place = row.to(tl.int64)[:, None] * columns + column
+        x = tl.load(x_ptr + place, mask=is_here, other=0.0)
         if ROTATION > 1:
             h = rotate_tile(x, matrix, NORM)
         else:
             h = x.to(tl.float32)
         if STATISTIC == "given":
-            traced += 0.0 * h
-        v = h
+            trace += tl.sum(0.0 * h, axis=1)
         if CENTRED:
-            v = h - offset[:, None]
-        v = v * inverse[:, None]
+            v = (h - offset[:, None]) * inverse[:, None]
+        else:
+            v = h * inverse[:, None]
         code = codes_of(v, t, table_ptr, BITS, CODES, ADD, LOW, HIGH, PLUS)
-        place = row.to(tl.int64)[:, None] * columns + start + column[None, :]
         if codes_ptr is not None:
             tl.store(codes_ptr + place, code.to(tl.int8), mask=is_here)
         if values_ptr is not None:
@@ -186,66 +230,19 @@ def quantize_kernel(
                 value += offset[:, None]
             tl.store(values_ptr + place, value, mask=is_here)
         if words_ptr is not None:
-            unsigned = code.to(tl.int32) + HALF
-            word_row = words_ptr + row.to(tl.int64)[:, None] * words
+            unsigned = tl.where(is_here, code.to(tl.int32) + 2 ** (BITS - 1), 0)
+            in_row = row.to(tl.int64)[:, None] * words
+            has_words = is_row[:, None] & (start + offset_in_row < last)[:, None]
             if 32 % BITS == 0:
-                packed = pack_tile(unsigned, columns - start, BITS, ROWS, BLOCK)
-                word = start * BITS // 32 + tl.arange(0, BLOCK * BITS // 32)
-                tl.store(word_row + word[None, :], packed, mask=is_row[:, None] & (word < words)[None, :])
+                word = (start + offset_in_row)[:, None] * BITS // 32 + tl.arange(0, BLOCK * BITS // 32)[None, :]
+                packed = pack_tile(unsigned, BITS, TILE, BLOCK)
+                tl.store(words_ptr + in_row + word, packed, mask=has_words & (word < words))
             else:
-                group = start // 32 + tl.arange(0, BLOCK // 32)
+                group = (start + offset_in_row)[:, None] // 32 + tl.arange(0, BLOCK // 32)[None, :]
                 for j in tl.static_range(BITS):
-                    packed = pack_word(unsigned, columns - start, j, BITS, ROWS, BLOCK)
                     word = group * BITS + j
-                    tl.store(word_row + word[None, :], packed, mask=is_row[:, None] & (word < words)[None, :])
+                    packed = pack_word(unsigned, j, BITS, TILE, BLOCK)
+                    tl.store(words_ptr + in_row + word, packed, mask=has_words & (word < words))
     if STATISTIC == "given":
-        # The step has been filled in before. Whoever sees NaN writes NaN, so that no order matters.
-        bad = tl.sum(traced, axis=1)
-        bad_here = (bad != bad) & is_row
-        if STEP_ROWS:
-            tl.store(step_ptr + row, bad, mask=bad_here)
-        else:
-            tl.store(step_ptr + row * 0, bad, mask=bad_here)
-
-
-@triton.jit
-def measure_rows(
-    x_ptr,
-    row,
-    is_row,
-    columns,
-    matrix_ptr,
-    STATISTIC: tl.constexpr,
-    ROTATION: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    WIDE: tl.constexpr,
-):
-    """The statistic of each row, (ROWS,) float32, with NaN and infinity in it."""
-    NORM: tl.constexpr = ROTATION**-0.5
-    ROTATED: tl.constexpr = (ROTATION > 1) & (STATISTIC != "rms")  # a rotation changes no sum of squares
-    WIDTH: tl.constexpr = BLOCK if ROTATED else BLOCK * WIDE
-    column = tl.arange(0, WIDTH)
-    row_start = x_ptr + row.to(tl.int64)[:, None] * columns
-    total = tl.zeros((ROWS, WIDTH), tl.float32)
-    if ROTATED:
-        matrix = load_matrix(matrix_ptr, BLOCK)
-    for start in range(0, columns, WIDTH):
-        is_here = is_row[:, None] & (start + column < columns)[None, :]
-        x = tl.load(row_start + start + column[None, :], mask=is_here, other=0.0)
-        if ROTATED:
-            h = rotate_tile(x, matrix, NORM)
-        else:
-            h = x.to(tl.float32)
-        if STATISTIC == "rms":
-            total += h * h
-        elif STATISTIC == "absmax":
-            total = tl.maximum(total, tl.abs(h), propagate_nan=tl.PropagateNan.ALL)
-        else:
-            total += tl.abs(h)
-    if STATISTIC == "absmax":
-        return tl.max(total, axis=1) + tl.sum(total * 0.0, axis=1)
-    elif STATISTIC == "rms":
-        return tl.sqrt(tl.sum(total, axis=1) / columns)
-    else:
-        return tl.sum(total, axis=1) / columns
+        # Whoever sees NaN writes NaN, so that no order matters.
+        tl.store(step_ptr + row * STEP_ROWS, trace, mask=(trace != trace) & is_row)

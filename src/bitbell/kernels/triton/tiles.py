@@ -122,9 +122,8 @@ def round_even(x):
 
 
 @triton.jit
-def pack_tile(codes, columns_left, BITS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """Unsigned codes (ROWS, WIDTH) int32 -> words (ROWS, WIDTH * BITS / 32) int32; codes past `columns_left` are 0."""
-    codes = tl.where(tl.arange(0, WIDTH)[None, :] < columns_left, codes, 0)
+def pack_tile(codes, BITS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Unsigned codes (ROWS, WIDTH) int32 -> words (ROWS, WIDTH * BITS / 32) int32, for widths that divide a word."""
     per_word: tl.constexpr = 32 // BITS
     shift = tl.arange(0, per_word) * BITS
     fields = tl.reshape(codes, (ROWS, WIDTH // per_word, per_word)) << shift[None, None, :]
@@ -132,9 +131,8 @@ def pack_tile(codes, columns_left, BITS: tl.constexpr, ROWS: tl.constexpr, WIDTH
 
 
 @triton.jit
-def pack_word(codes, columns_left, J: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+def pack_word(codes, J: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """Word J of the BITS words of every 32 codes, (ROWS, WIDTH / 32) int32: for widths that cross words."""
-    codes = tl.where(tl.arange(0, WIDTH)[None, :] < columns_left, codes, 0)
     shift = tl.arange(0, 32) * BITS - 32 * J
     left = tl.where((shift >= 0) & (shift < 32), shift, 0)
     right = tl.where(shift < 0, -shift, 0)
@@ -151,6 +149,20 @@ def load_by_row(ptr, row, is_row, BY_ROW: tl.constexpr):
         return tl.load(ptr + row, mask=is_row, other=1.0).to(tl.float32)
     else:
         return tl.load(ptr).to(tl.float32) + tl.zeros(row.shape, tl.float32)
+
+
+@triton.jit
+def over_rows(x, SUM: tl.constexpr, TILE: tl.constexpr, SPAN: tl.constexpr):
+    """Reduce (TILE,) over each row's SPAN entries, which lie together, and hand every entry its row's result: the sum,
+    or the maximum, with NaN in it where there is one."""
+    if SPAN == 1:
+        return x
+    groups = tl.reshape(x, (TILE // SPAN, SPAN))
+    if SUM:
+        result = tl.sum(groups, axis=1)
+    else:
+        result = tl.max(groups, axis=1) + tl.sum(groups * 0.0, axis=1)
+    return tl.reshape(tl.broadcast_to(result[:, None], (TILE // SPAN, SPAN)), (TILE,))
 
 
 @triton.jit
