@@ -109,7 +109,7 @@ struct Kernels {
   void (*vector)(const uint8_t* panel, int bits, int64_t k, const int8_t* prepared, int x_bits, int32_t* acc);
   // acc[m][64] = codes of the panel times m rows of codes. scratch: kMatrixScratch bytes, 64-byte aligned.
   void (*matrix)(const uint8_t* panel, int bits, int64_t k, const int8_t* x, int64_t stride, int64_t m, int32_t* acc, uint8_t* scratch);
-  // acc[m][64] = levels of the panel times m <= kFloatRows rows of floats (zero beyond the true k).
+  // acc[m][64] = levels of the panel times m rows of floats (zero beyond the true k).
   // levels: 256, repeated every 2**bits; of bytes only the first is read, the others follow it by ones.
   void (*floats)(const uint8_t* panel, int bits, int64_t k, const float* x, int64_t stride, int64_t m, const float* levels, float* acc);
   // y[n] = outputs of the first `count` accumulators of a panel, for one input row; `row` is the panel's first row.
@@ -127,7 +127,6 @@ struct Kernels {
   const TrainingKernels* training;
 };
 
-constexpr int64_t kFloatRows = 4;
 constexpr int64_t kMatrixScratch = 64 * 1024;
 
 }  // namespace bitbell

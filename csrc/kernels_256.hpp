@@ -149,8 +149,28 @@ INLINE __m256 look_up(__m256i code, __m256 low, __m256 high, __m256 first) {
                           _mm256_castsi256_ps(_mm256_slli_epi32(code, 28)));
 }
 
+// Levels of k columns: 64 rows for each k.
+template <int kBits>
+void unpack_levels(const uint8_t* panel, int64_t k, const float* levels, float* out) {
+  constexpr int kGroups = kBits == 3 ? 8 : 8 / kBits, kBytes = kGroups * 4 * 64 * kBits / 8;
+  const __m256 low = _mm256_loadu_ps(levels), high = _mm256_loadu_ps(levels + 8), first = _mm256_set1_ps(levels[0]);
+  for (int64_t c = 0; c < k / 4 / kGroups; c++, panel += kBytes)
+#pragma GCC unroll 8
+    for (int j = 0; j < kGroups; j++, out += 256)
+      for (int i = 0; i < 8; i++) {
+        const __m256i w = take_field<kBits>(panel, i, j);
+#pragma GCC unroll 4
+        for (int l = 0; l < 4; l++)
+          _mm256_store_ps(out + 64 * l + 8 * i, look_up<kBits>(_mm256_srli_epi32(w, 8 * l), low, high, first));
+      }
+}
+
 template <int kBits>
 void float_rows(const uint8_t* panel, int64_t k, const float* x, int64_t stride, int64_t m, const float* levels, float* acc) {
+  if (m > 2)
+    return float_tiles(k, x, stride, m, acc, [=](int64_t k0, int64_t count, float* out) {
+      unpack_levels<kBits>(panel + k0 * kPanelRows * kBits / 8, count, levels, out);
+    });
   constexpr int kGroups = kBits == 3 ? 8 : 8 / kBits, kBytes = kGroups * 4 * 64 * kBits / 8;
   const __m256 low = _mm256_loadu_ps(levels), high = _mm256_loadu_ps(levels + 8), first = _mm256_set1_ps(levels[0]);
   for (int64_t r = 0; r < m; r++) {

@@ -220,18 +220,38 @@ void float_rows(const uint8_t* panel, int64_t k, const float* x, int64_t stride,
     for (int i = 0; i < 4; i++) _mm512_storeu_ps(acc + r * kPanelRows + 16 * i, sum[r][i]);
 }
 
+// Levels of k columns: 64 rows for each k.
 template <int kBits>
-void few_float_rows(const uint8_t* panel, int64_t k, const float* x, int64_t stride, int64_t m, const float* levels, float* acc) {
+void unpack_levels(const uint8_t* panel, int64_t k, const float* levels, float* out) {
+  constexpr int kGroups = kBits == 3 ? 8 : 8 / kBits, kBytes = kGroups * 4 * 64 * kBits / 8;
+  const __m512 table = _mm512_loadu_ps(levels), first = _mm512_set1_ps(levels[0]);
+  for (int64_t c = 0; c < k / 4 / kGroups; c++, panel += kBytes)
+#pragma GCC unroll 8
+    for (int j = 0; j < kGroups; j++, out += 256)
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; i++) {
+        const __m512i w = take_field<kBits>(panel, i, j);
+#pragma GCC unroll 4
+        for (int l = 0; l < 4; l++)
+          _mm512_store_ps(out + 64 * l + 16 * i, look_up<kBits>(l ? _mm512_srli_epi32(w, 8 * l) : w, table, first));
+      }
+}
+
+template <int kBits>
+void any_float_rows(const uint8_t* panel, int64_t k, const float* x, int64_t stride, int64_t m, const float* levels, float* acc) {
   switch (m) {
     case 1: return float_rows<kBits, 1>(panel, k, x, stride, levels, acc);
     case 2: return float_rows<kBits, 2>(panel, k, x, stride, levels, acc);
     case 3: return float_rows<kBits, 3>(panel, k, x, stride, levels, acc);
-    default: return float_rows<kBits, 4>(panel, k, x, stride, levels, acc);
+    case 4: return float_rows<kBits, 4>(panel, k, x, stride, levels, acc);
   }
+  float_tiles(k, x, stride, m, acc, [=](int64_t k0, int64_t count, float* out) {
+    unpack_levels<kBits>(panel + k0 * kPanelRows * kBits / 8, count, levels, out);
+  });
 }
 
 void floats(const uint8_t* panel, int bits, int64_t k, const float* x, int64_t stride, int64_t m, const float* levels, float* acc) {
-  for_width(bits, [&](auto width) { few_float_rows<decltype(width)::value>(panel, k, x, stride, m, levels, acc); });
+  for_width(bits, [&](auto width) { any_float_rows<decltype(width)::value>(panel, k, x, stride, m, levels, acc); });
 }
 
 }  // namespace

@@ -2,10 +2,6 @@
 // once in vectors of 16 lanes; lanes, order and rounding are the same everywhere, so that every level gives the same bits
 // (files are compiled with -ffp-contract=off). Everything has internal linkage: code of one instruction set must never be linked into another.
 #pragma once
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
-
 #include <cmath>
 #include <cstring>
 
@@ -16,7 +12,6 @@ namespace bitbell {
 namespace {
 
 INLINE F16 load(const float* p) { return load_lanes(p); }
-INLINE F16 all(float x) { return F16{} + x; }
 INLINE F16 load_part(const float* p, int64_t count, float fill) {
   float lanes[16];
   store(lanes, all(fill));
@@ -336,6 +331,53 @@ void finish(const Weights& w, const InputPlan& plan, const int32_t* acc, int64_t
   }
   if (w.bias)
     for (int64_t i = 0; i < count; i++) y[i] += w.bias[row + i];
+}
+
+// ---------------------------------------------------------------------------------------------- products of floats
+
+constexpr int64_t kFloatBlock = 64;  // k at a time: the levels of 64 rows take 16 KiB
+constexpr int kSumRows = kPartLanes == 4 ? 3 : 6, kSumVectors = kPartLanes == 16 ? 4 : 1;  // as many sums as registers hold
+
+// acc += kRows rows of floats times the levels of 16 * kSumVectors rows of weights; levels: 64 a k.
+template <int kRows>
+INLINE void float_tile(const float* levels, int64_t k, const float* x, int64_t stride, float* acc) {
+  F16 sum[kRows][kSumVectors];
+#pragma GCC unroll 6
+  for (int r = 0; r < kRows; r++)
+#pragma GCC unroll 4
+    for (int j = 0; j < kSumVectors; j++) sum[r][j] = load(acc + r * kPanelRows + 16 * j);
+  for (int64_t i = 0; i < k; i++, levels += kPanelRows) {
+    F16 w[kSumVectors];
+#pragma GCC unroll 4
+    for (int j = 0; j < kSumVectors; j++) w[j] = load(levels + 16 * j);
+#pragma GCC unroll 6
+    for (int r = 0; r < kRows; r++) {
+      const F16 q = all(x[r * stride + i]);
+#pragma GCC unroll 4
+      for (int j = 0; j < kSumVectors; j++) sum[r][j] = multiply_add(w[j], q, sum[r][j]);
+    }
+  }
+#pragma GCC unroll 6
+  for (int r = 0; r < kRows; r++)
+#pragma GCC unroll 4
+    for (int j = 0; j < kSumVectors; j++) store(acc + r * kPanelRows + 16 * j, sum[r][j]);
+}
+
+// acc[m][64] = the levels of a panel times m rows of floats; unpack(first k, count, levels of 64 rows for each k).
+template <class Unpack>
+INLINE void float_tiles(int64_t k, const float* x, int64_t stride, int64_t m, float* acc, Unpack&& unpack) {
+  alignas(64) float levels[kFloatBlock * kPanelRows];
+  std::memset(acc, 0, static_cast<size_t>(m * kPanelRows) * 4);
+  for (int64_t k0 = 0; k0 < k; k0 += kFloatBlock) {
+    unpack(k0, kFloatBlock, levels);
+    for (int64_t row = 0; row < kPanelRows; row += 16 * kSumVectors) {
+      int64_t i = 0;
+      for (; i + kSumRows <= m; i += kSumRows)
+        float_tile<kSumRows>(levels + row, kFloatBlock, x + i * stride + k0, stride, acc + i * kPanelRows + row);
+      for (; i + 2 <= m; i += 2) float_tile<2>(levels + row, kFloatBlock, x + i * stride + k0, stride, acc + i * kPanelRows + row);
+      if (i < m) float_tile<1>(levels + row, kFloatBlock, x + i * stride + k0, stride, acc + i * kPanelRows + row);
+    }
+  }
 }
 
 // ------------------------------------------------------------------------------------------------- transformers

@@ -82,22 +82,25 @@ void matrix(const uint8_t* panel, int bits, int64_t k, const int8_t* x, int64_t 
   for (int64_t i = 0; i < m; i++) vector(panel, bits, k, x + i * stride, 8, acc + i * kPanelRows);
 }
 
+// Levels of k columns: 64 rows for each k.
 template <int kBits>
-void float_rows(const uint8_t* panel, int64_t k, const float* x, int64_t stride, int64_t m, const float* levels, float* acc) {
+void unpack_levels(const uint8_t* panel, int64_t k, const float* levels, float* out) {
   constexpr int kGroups = kBits == 3 ? 8 : 8 / kBits, kBytes = kGroups * 4 * 64 * kBits / 8;
-  std::memset(acc, 0, static_cast<size_t>(m * kPanelRows) * 4);
   for (int64_t c = 0; c < k / 4 / kGroups; c++, panel += kBytes)
-    for (int i = 0; i < kPieces; i++)
-      for (int j = 0; j < kGroups; j++) {
+    for (int j = 0; j < kGroups; j++, out += 256)
+      for (int i = 0; i < kPieces; i++) {
         S8 even, odd;
         take_field<kBits>(panel, i, j, even, odd);
-        for (int64_t r = 0; r < m; r++) {
-          const float* q = x + r * stride + (c * kGroups + j) * 4;
-          float* to = acc + r * kPanelRows + i * 4;
-          for (int l = 0; l < 4; l++)
-            to[l] += levels[even[2 * l]] * q[0] + levels[odd[2 * l]] * q[1] + levels[even[2 * l + 1]] * q[2] + levels[odd[2 * l + 1]] * q[3];
-        }
+        for (int r = 0; r < 4; r++)
+          for (int l = 0; l < 4; l++) out[64 * l + 4 * i + r] = levels[(l % 2 ? odd : even)[2 * r + l / 2]];
       }
+}
+
+template <int kBits>
+void float_rows(const uint8_t* panel, int64_t k, const float* x, int64_t stride, int64_t m, const float* levels, float* acc) {
+  float_tiles(k, x, stride, m, acc, [=](int64_t k0, int64_t count, float* out) {
+    unpack_levels<kBits>(panel + k0 * kPanelRows * kBits / 8, count, levels, out);
+  });
 }
 
 void floats(const uint8_t* panel, int bits, int64_t k, const float* x, int64_t stride, int64_t m, const float* levels, float* acc) {

@@ -18,6 +18,8 @@ namespace {
 
 constexpr int64_t kRowBlock = 256;  // input rows at a time: their codes stay in the second-level cache
 
+constexpr int64_t kFloatRowBlock = 128;  // the same of floats
+
 // Memory of one purpose (tag) and thread, kept from call to call; 64-byte aligned.
 template <class Tag, class T>
 T* scratch_of(int64_t count) {
@@ -27,6 +29,7 @@ T* scratch_of(int64_t count) {
   return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(bytes.data()) + 63) / 64 * 64);
 }
 struct Accumulators {};
+struct FloatSums {};
 struct Unpacked {};
 struct Prepared {};
 struct Rotated {};
@@ -128,10 +131,10 @@ void linear_floats(const Kernels& kernels, const Weights& w, const float* x, int
       sums[static_cast<size_t>(i)] = static_cast<float>(sum);
     }
   parallel_for(threads, panels_of(w.rows), 1, [&](int64_t begin, int64_t end, int) {
-    alignas(64) float acc[kFloatRows * kPanelRows];
+    float* acc = scratch_of<FloatSums, float>(std::min(m, kFloatRowBlock) * kPanelRows);
     for (int64_t p = begin; p < end; p++)
-      for (int64_t m0 = 0; m0 < m; m0 += kFloatRows) {
-        const int64_t rows = std::min(kFloatRows, m - m0), row = p * kPanelRows, count = std::min(kPanelRows, w.rows - row);
+      for (int64_t m0 = 0; m0 < m; m0 += kFloatRowBlock) {
+        const int64_t rows = std::min(kFloatRowBlock, m - m0), row = p * kPanelRows, count = std::min(kPanelRows, w.rows - row);
         kernels.floats(w.data + p * bytes, bits, k, x + m0 * x_stride, x_stride, rows, levels.data(), acc);
         for (int64_t i = 0; i < rows; i++)
           for (int64_t n = 0; n < count; n++) {

@@ -1,6 +1,10 @@
 // Vectors of 16 lanes, in parts as wide as the registers of the including file's instruction set: compilers take longer
 // vectors of their own apart lane by lane. What is computed is the same whatever the parts are.
 #pragma once
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #include <cstdint>
 #include <cstring>
 
@@ -104,6 +108,22 @@ COMPARISON(==)
 INLINE F16 select(I16 mask, F16 yes, F16 no) {
   EACH_PART yes.part[i] = mask.part[i] ? yes.part[i] : no.part[i];
   return yes;
+}
+
+INLINE F16 all(float x) {
+  return x - F16{};  // the very x, -0 too, without an instruction
+}
+
+// a * b + c, rounded once where there is an instruction for it.
+INLINE F16 multiply_add(F16 a, F16 b, F16 c) {
+#if defined(__AVX512F__)
+  c.part[0] = _mm512_fmadd_ps(a.part[0], b.part[0], c.part[0]);
+#elif defined(__AVX2__)
+  EACH_PART c.part[i] = _mm256_fmadd_ps(a.part[i], b.part[i], c.part[i]);
+#else
+  c = a * b + c;
+#endif
+  return c;
 }
 
 template <class To, class T>

@@ -26,7 +26,7 @@ from bitbell.packing.plans import input_plan
 from bitbell.quantizers import Quantized, Quantizer
 
 EXACT_IN_FLOAT32 = 2**24
-FEW_ROWS = 16  # up to which unpacking in registers is worth it where inputs stay floats
+FEW_ROWS = 16  # up to which the portable level multiplies float inputs faster than PyTorch; the others always do
 
 
 class PackedLinear(nn.Module, QuantizedLayer):
@@ -100,7 +100,9 @@ class PackedLinear(nn.Module, QuantizedLayer):
         ):
             return False
         quantizer = self.activation_quantizer
-        return not quantizer.training if quantizer is not None else x.numel() <= FEW_ROWS * self.in_features
+        if quantizer is not None:
+            return not quantizer.training
+        return native.level() != "portable" or x.numel() <= FEW_ROWS * self.in_features
 
     def native_layer(self) -> native.NativeLayer | None:
         """This layer for the C++ kernels, arranged at the first use; None if they have no way to compute it."""
