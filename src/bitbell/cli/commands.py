@@ -111,19 +111,29 @@ def evaluate(
     return 0
 
 
-def pack(run: tyro.conf.Positional[str], out: tyro.conf.Positional[str], /, overwrite: bool = False) -> int:
-    """Write a run's model with its codes at their true width.
+def pack(
+    run: tyro.conf.Positional[str],
+    out: tyro.conf.Positional[str],
+    /,
+    license: str = "unknown",
+    overwrite: bool = False,
+) -> int:
+    """Write a run's model with its codes at their true width, and a model card.
 
     Args:
         run: Run directory.
         out: Directory of the packed model.
+        license: Licence of the weights for the card, as Hugging Face abbreviates it, e.g. apache-2.0.
         overwrite: Replace a packed model that is there already.
     """
+    from bitbell.export import model_card
     from bitbell.packing import pack as pack_model
     from bitbell.training import load_run
 
     model, _, step = load_run(run)
-    folder = pack_model(model).save(out, tokenizer=run, overwrite=overwrite)
+    packed = pack_model(model)
+    card = model_card(packed, name=Path(out).resolve().name, run=run, license=license)
+    folder = packed.save(out, tokenizer=run, card=card, overwrite=overwrite)
     before = sum(p.numel() * p.element_size() for p in model.parameters())
     after = (folder / "model.safetensors").stat().st_size
     ratio = f"{before / 1e6:.2f} MB trained in float32 ({before / after:.1f}x)"

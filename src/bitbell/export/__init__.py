@@ -1,4 +1,7 @@
-"""Out of the house: what lets other libraries read what bitbell packs. The names are imported when they are first used."""
+"""Out of the house: what lets other libraries read what bitbell packs.
+
+The names below are imported when they are first used.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

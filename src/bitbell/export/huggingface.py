@@ -27,8 +27,7 @@ class BitbellConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """The `quantization_config` of a packed directory, as docs/file-format.md describes it, field by field."""
 
     def __init__(self, **fields: Any) -> None:
-        self.__dict__.update(fields)
-        self.quant_method = QUANT_METHOD
+        self.__dict__.update(fields | {"quant_method": QUANT_METHOD})
 
 
 @register_quantizer(QUANT_METHOD)

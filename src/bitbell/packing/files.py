@@ -3,6 +3,7 @@
     DIR/config.json          the model's Hugging Face configuration, with a versioned `quantization_config`
     DIR/model.safetensors    codes at their true width, scales, the activation quantizers' state, full-precision tensors
     DIR/tokenizer.json       if the model has one
+    DIR/README.md            the model card, where there is one
 
 docs/file-format.md describes every byte; `bitbell.packing.reading` reads it. No pickle, and no code is in it.
 """
@@ -19,6 +20,7 @@ import torch
 
 from bitbell.packing.model import QUANT_METHOD, PackedModel, quantization_of, tied_tensors
 
+CARD = "README.md"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
@@ -28,9 +30,15 @@ class PackedFileError(ValueError):
 
 
 def save(
-    packed: PackedModel, directory: str | Path, *, tokenizer: str | Path | None = None, overwrite: bool = False
+    packed: PackedModel,
+    directory: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    card: str | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """Write `packed` to `directory`. tokenizer: a folder (a run, a data set) whose tokenizer files travel along.
+    card: text of a README.md, such as `bitbell.export.model_card` writes.
 
     Raises ValueError if the directory holds something already (and `overwrite` is not set, or it is no packed model)
     or if the folder has no tokenizer, and OSError if it cannot be written; nothing half-written is left behind.
@@ -46,6 +54,8 @@ def save(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         _write(packed, partial, tokenizer)
+        if card is not None:
+            (partial / CARD).write_text(card, encoding="utf-8")
         _put_in_place(partial, target)
     except Exception as error:  # safetensors has errors of its own beside OSError
         raise OSError(f"could not write the packed model to {target}: {error}") from error

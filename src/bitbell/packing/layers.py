@@ -7,7 +7,7 @@ folded out by the sums of codes. Then come the same two steps, in the same order
 is not uniform (NormalFloat), levels are looked up and multiplied in float32: small, but not fast.
 
 On CPUs the C++ kernels do all of this in one call (`bitbell.kernels.native`); what they have no way for, and everything
-under `BITBELL_KERNELS=reference`, is computed by the plain PyTorch here.
+under `BITBELL_KERNELS=reference`, is computed by the plain PyTorch here. On GPUs it is Triton's kernels (`gpu.py`).
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from bitbell.kernels import integer_product, native, pack_codes, packed_words, rotate, unpack_codes
-from bitbell.layers import QuantizedLayer, Recipe, TrainedLayer
+from bitbell.layers import QuantizedLayer, Recipe, TrainedLayer, shape_of
 from bitbell.layers.product import Grid, add_offsets, grid_of, levels_of
+from bitbell.packing import gpu
 from bitbell.packing.plans import input_plan
 from bitbell.quantizers import Quantized, Quantizer
 
@@ -44,12 +45,15 @@ class PackedLinear(nn.Module, QuantizedLayer):
     weight_offset: Tensor | None
     weight_shape: Tensor
     bias: Tensor | None
+    rotated_width: int | None = None  # how many inputs lie side by side, where those are not all
+    is_image = False
 
     def __init__(self, in_features: int, out_features: int, recipe: Recipe, bias: bool, device: Any = None) -> None:
         super().__init__()
         self.in_features, self.out_features, self.recipe = in_features, out_features, recipe
         with torch.device(device or torch.get_default_device()):
-            weight_quantizer, self.activation_quantizer = recipe.quantizers_for(out_features, in_features)
+            width = self.rotated_width or in_features
+            weight_quantizer, self.activation_quantizer = recipe.quantizers_for(out_features, width, self.is_image)
             words = packed_words(in_features, recipe.weights)
             self.register_buffer("weight", torch.empty(0))
             self.register_buffer("weight_packed", torch.zeros(out_features, words, dtype=torch.int32))
@@ -62,14 +66,22 @@ class PackedLinear(nn.Module, QuantizedLayer):
         self.weight_grid = grid_of(weight_quantizer)
         self._unpacked: tuple[Tensor, Tensor] | None = None
         self._native: tuple[_Snapshot, native.NativeLayer | None] | None = None
+        self._gpu: tuple[_Snapshot, gpu.GpuLayer] | None = None
         self.requires_grad_(False)
+
+    @classmethod
+    def outline(cls, module: nn.Module, recipe: Recipe, bias: bool) -> PackedLinear:
+        """A layer that waits for its tensors, in the place of `module`, trained or in full precision."""
+        linear: Any = module
+        outputs, inputs = shape_of(linear)
+        return cls(inputs, outputs, recipe, bias, linear.weight.device)
 
     @classmethod
     @torch.no_grad()
     def from_trained(cls, layer: TrainedLayer, activation_quantizer: Quantizer | None) -> PackedLinear:
         """Pack a trained layer; `activation_quantizer` is its (possibly shared) quantizer's copy."""
         bits = layer.recipe.weights
-        packed = cls(layer.in_features, layer.out_features, layer.recipe, layer.bias is not None, layer.weight.device)
+        packed = cls.outline(layer, layer.recipe, layer.bias is not None)
         codes, step = layer.weight_codes(), weight_step(layer)
         packed.weight_packed.copy_(pack_codes(codes, bits))
         packed.weight_scale.copy_(step)
@@ -82,22 +94,26 @@ class PackedLinear(nn.Module, QuantizedLayer):
         return packed.requires_grad_(False).eval()
 
     def forward(self, x: Tensor) -> Tensor:
+        if not _is_plain(x):
+            return self._reference(x)
+        if gpu.suits(self, x):
+            return self._by_gpu(x)
         layer = self.native_layer() if self._suits_native(x) else None
         return self._reference(x) if layer is None else layer(x)
 
+    @torch.no_grad()
+    def _by_gpu(self, x: Tensor) -> Tensor:
+        kept = self._gpu
+        if kept is None or not kept[0].still_holds():
+            kept = self._gpu = _Snapshot(self), gpu.GpuLayer(self)
+        if self.activation_quantizer is None:
+            return kept[1].of_floats(x, self.rotation)
+        return kept[1].of_codes(self.quantize_input(x), self.activation_quantizer, x.dtype)
+
     def _suits_native(self, x: Tensor) -> bool:
-        if (
-            torch.compiler.is_compiling()
-            or torch.jit.is_tracing()
-            or _is_transformed()
-            or not native.available()
-            or type(x) is not Tensor
-            or x.device.type != "cpu"
-        ):
+        if not native.available() or x.device.type != "cpu":
             return False
-        if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or (
-            x.requires_grad and torch.is_grad_enabled()
-        ):
+        if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return False
         quantizer = self.activation_quantizer
         if quantizer is not None:
@@ -126,15 +142,15 @@ class PackedLinear(nn.Module, QuantizedLayer):
 
     def _reference(self, x: Tensor) -> Tensor:
         codes, _ = self._weights()
-        weight = codes, self.weight_scale, self.weight_offset
+        weight = codes, self.weight_scale, self.weight_offset, self.weight_grid
         if self.activation_quantizer is None:
-            y = F.linear(rotate(x.float(), self.rotation), _values(*weight, self.weight_grid))
+            y = F.linear(rotate(x.float(), self.rotation), values_of(*weight))
         else:
             a = self.quantize_input(x)
             with torch.no_grad():
                 y = self._multiply(a, codes)
             if a.values.requires_grad:
-                y = _WithGradient.apply(a.values, y, *weight, self.weight_grid)
+                y = _WithGradient.apply(a.values, y, *weight)
         y = y if self.bias is None else y + self.bias
         return y.to(x.dtype)
 
@@ -183,12 +199,12 @@ class PackedLinear(nn.Module, QuantizedLayer):
         return super().train(False)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._unpacked = self._native = None
+        self._unpacked = self._native = self._gpu = None
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles arrange and unpack for themselves."""
-        return self.__dict__ | {"_unpacked": None, "_native": None}
+        return self.__dict__ | {"_unpacked": None, "_native": None, "_gpu": None}
 
     def weight_codes(self) -> Tensor:
         return unpack_codes(self.weight_packed, self.recipe.weights, self.in_features)
@@ -197,7 +213,7 @@ class PackedLinear(nn.Module, QuantizedLayer):
         return f"in_features={self.in_features}, out_features={self.out_features}, recipe={self.recipe.name}"
 
 
-def _values(codes: Tensor, scale: Tensor, offset: Tensor | None, grid: Grid) -> Tensor:
+def values_of(codes: Tensor, scale: Tensor, offset: Tensor | None, grid: Grid) -> Tensor:
     """Float32 values (O, I) of a rotated weight."""
     values = levels_of(codes, grid, torch.float32) * scale
     return values if offset is None else values + offset
@@ -216,7 +232,15 @@ class _WithGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        return (g.float() @ _values(*ctx.saved_tensors, ctx.grid)).to(ctx.dtype), *[None] * 5
+        codes, scale, offset = ctx.saved_tensors
+        return (g.float() @ values_of(codes, scale, offset, ctx.grid)).to(ctx.dtype), *[None] * 5
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether kernels that PyTorch cannot look into may compute for `x`: nobody compiles, traces or differentiates."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or _is_transformed() or type(x) is not Tensor:
+        return False
+    return not (x.requires_grad and torch.is_grad_enabled())
 
 
 def _is_transformed() -> bool:

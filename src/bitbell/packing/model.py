@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bitbell.layers import SharedInput, TrainedLayer, quantized_layers
+from bitbell.packing.conv2d import PackedConv2d, packed_kind
 from bitbell.packing.layers import PackedLinear
 
 FORMAT_VERSION = 3
@@ -49,11 +50,18 @@ class PackedModel(nn.Module):
         """The model's own `generate`."""
         return self.model.generate(*args, **kwargs)  # type: ignore[operator]
 
-    def save(self, directory: str | Path, *, tokenizer: str | Path | None = None, overwrite: bool = False) -> Path:
+    def save(
+        self,
+        directory: str | Path,
+        *,
+        tokenizer: str | Path | None = None,
+        card: str | None = None,
+        overwrite: bool = False,
+    ) -> Path:
         """Write the packed directory; see `bitbell.packing.files.save`."""
         from bitbell.packing.files import save
 
-        return save(self, directory, tokenizer=tokenizer, overwrite=overwrite)
+        return save(self, directory, tokenizer=tokenizer, card=card, overwrite=overwrite)
 
 
 def pack(model: nn.Module) -> PackedModel:
@@ -73,9 +81,8 @@ def pack(model: nn.Module) -> PackedModel:
         if not isinstance(layer, TrainedLayer):
             raise ValueError(f"{name} is a {type(layer).__name__}: the model is packed already")
         _check_ready(name, layer)
-        packed[name] = memo[id(layer)] = PackedLinear.from_trained(
-            layer, copy.deepcopy(layer.activation_quantizer, memo)
-        )
+        quantizer = copy.deepcopy(layer.activation_quantizer, memo)
+        packed[name] = memo[id(layer)] = packed_kind(layer).from_trained(layer, quantizer)
     for names in shared_groups(trained):
         quantizer = packed[names[0]].activation_quantizer
         assert quantizer is not None
@@ -101,7 +108,7 @@ def quantization_of(model: nn.Module) -> dict[str, Any]:
             "rotation": layer.rotation,
             "weight_zero_point": layer.weight_zero_point,
             "bias": layer.bias is not None,
-        }
+        } | convolution_of(layer)
     return {
         "quant_method": QUANT_METHOD,
         "format_version": FORMAT_VERSION,
@@ -111,6 +118,14 @@ def quantization_of(model: nn.Module) -> dict[str, Any]:
         "shared_inputs": shared_groups(layers),
         "tied_tensors": tied_tensors(model),
     }
+
+
+def convolution_of(layer: nn.Module) -> dict[str, Any]:
+    """What a layer's entry says beside, as JSON, if it is a convolution."""
+    if not isinstance(layer, PackedConv2d):
+        return {}
+    fields = layer.geometry._asdict()
+    return {"convolution": {name: list(v) if isinstance(v, tuple) else v for name, v in fields.items()}}
 
 
 def tied_tensors(model: nn.Module) -> dict[str, str]:
