@@ -2,6 +2,9 @@
 
     python benchmarks/train_step.py                     # demo model and a wider one (d = 1024), every method
     python benchmarks/train_step.py --models tiny --recipes none bbq-w2a2 --threads 1
+    python benchmarks/train_step.py --models wide --recipes none bbq-w2a2 bbq-w2a2+integers --modes compiled
+
+A recipe's name followed by +integers is trained with `integer_forward`: products of int8 codes instead of floats.
 
 Candidates take turns, step by step, in one process, so that a noisy neighbour hits all alike; medians and ratios are
 reported. "Kept" counts the distinct bytes that autograd holds for the backward pass, parameters not included. "Peak"
@@ -59,10 +62,7 @@ class Candidate:
 
 def make(name: str, recipe: str, compiled: bool, tokens: Tensor, precision: torch.dtype) -> Candidate:
     """Build, calibrate, measure what autograd keeps, and (for `compiled`) compile."""
-    model = build_model(name, vocab_size=1024).to(tokens.device)
-    if recipe != "none":
-        quantize(model, recipe)
-        calibrate(model, tokens[:, :-1])
+    model = quantized_model(name, recipe, tokens)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     model.train()
     kept = kept_bytes(model, tokens, precision)
@@ -77,6 +77,18 @@ def make(name: str, recipe: str, compiled: bool, tokens: Tensor, precision: torc
             torch.cuda.synchronize()
 
     return Candidate(recipe, "compiled" if compiled else "eager", step, kept, 0, [])
+
+
+def quantized_model(name: str, recipe: str, tokens: Tensor) -> nn.Module:
+    return swap(build_model(name, vocab_size=1024).to(tokens.device), recipe, tokens)
+
+
+def swap(model: nn.Module, recipe: str, tokens: Tensor) -> nn.Module:
+    """Quantize `model` by a recipe, "none", or a recipe with +integers, and calibrate it."""
+    if recipe == "none":
+        return model
+    plain, integers = recipe.removesuffix("+integers"), recipe.endswith("+integers")
+    return calibrate(quantize(model, plain, integer_forward=integers), tokens[:, :-1])
 
 
 def loss_of(forward: nn.Module, model: nn.Module, tokens: Tensor, precision: torch.dtype) -> Tensor:
@@ -113,9 +125,7 @@ def print_peak(name: str, recipe: str, tokens: Tensor, precision: torch.dtype) -
     """What `measure_peak` runs in the other process."""
     model = build_model(name, vocab_size=1024).to(tokens.device)
     before = peak_resident_bytes()
-    if recipe != "none":
-        quantize(model, recipe)
-        calibrate(model, tokens[:, :-1])
+    swap(model, recipe, tokens)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     for _ in range(2):
         loss_of(model, model, tokens, precision).backward()

@@ -33,6 +33,34 @@ def product(
     threads: int,
 ) -> None: ...
 def rotate(level: str, x: int, y: int, n: int, block: int) -> None: ...
+def training_quantize(
+    level: str,
+    plan: dict[str, Any],
+    x: int,
+    type: int,
+    rows: int,
+    k: int,
+    by_row: bool,
+    given: bool,
+    size: int,
+    codes: int,
+    kept: int,
+    kept_type: int,
+    threads: int,
+) -> None: ...
+def training_gradient(level: str, tensors: dict[str, Any], rows: int, k: int, threads: int) -> None: ...
+def training_sums(level: str, codes: int, rows: int, k: int, sums: int, threads: int) -> None: ...
+def training_outputs(
+    level: str,
+    row: dict[str, Any],
+    acc: int,
+    x: int,
+    rows: int,
+    x_step: int,
+    step_by_row: bool,
+    y: int,
+    threads: int,
+) -> None: ...
 def stream_rate(bytes: int, passes: int, threads: int) -> float: ...
 
 class Layer:

@@ -1,7 +1,7 @@
 """The operators of a training step that multiplies integers, each with its plain-PyTorch definition.
 
     integer_linear    codes x (M, K), w (N, K) int8 -> the layer's outputs (M, N): exact int32 sums, zero points, steps
-    quantize_kept     x (..., C) float -> codes int8, the size that they are in units of, and what a gradient needs of x
+    bell_quantize     x (..., C) float -> BBQ's codes int8, 1 / RMS, and the rotated x as the gradient wants it
     bell_gradient     BBQ's gradient: from dL/dy, codes, and what was kept
 
 Registered under `bitbell::`; opaque to the compiler, which keeps them as calls. On CPUs the C++ kernels compute them
@@ -18,15 +18,20 @@ from torch import Tensor
 
 from bitbell.kernels import native
 from bitbell.kernels.operators import integer_product, rotate
+from bitbell.kernels.thresholds import bell_codes, bell_thresholds
 
-GROUPS = ("row", "tensor", "given")
 ROW_BLOCK = 256  # rows whose sums stay in a cache until they are outputs
 TYPES = {torch.float32: 0, torch.bfloat16: 1}  # of tensors that the C++ kernels take
 
 
 def computes(*tensors: Tensor) -> bool:
     """Whether the C++ kernels compute for these tensors."""
-    return native.available() and all(t.is_cpu and t.dtype in TYPES for t in tensors)
+    return _has_kernels() and all(t.is_cpu and t.dtype in TYPES for t in tensors)
+
+
+@torch.compiler.assume_constant_result
+def _has_kernels() -> bool:
+    return native.available()
 
 
 # Products -------------------------------------------------------------------------------------------------------------
@@ -36,10 +41,10 @@ def computes(*tensors: Tensor) -> bool:
 def integer_linear(
     x: Tensor, w: Tensor, x_step: Tensor, w_step: Tensor, x_zero: float, w_zero: float, dtype: torch.dtype
 ) -> Tensor:
-    """(codes_x - z_x) . (codes_w - z_w)^T * step_w * step_x, (..., N) in `dtype`, of centred codes int8 (..., K), (N, K).
+    """(codes_x - z_x) . (codes_w - z_w)^T * step_w * step_x, (..., N) in `dtype`, for codes int8 (..., K), (N, K).
 
-    The sum over K is exact in int32, and so is what zero points add to it; only the two steps and `dtype` round.
-    x_step: (..., 1) or (1,); w_step: (N, 1) or (1,). K must be below 2**17.
+    Codes are centred. The sum over K is exact in int32, and so is what zero points add to it; only the two steps and
+    `dtype` round. x_step: (..., 1) or (1,); w_step: (N, 1) or (1,). K must be below 2**17.
     """
     columns = x.shape[-1]
     codes = x.reshape(-1, columns)
@@ -49,16 +54,12 @@ def integer_linear(
 
 
 @integer_linear.register_fake
-def _(
-    x: Tensor, w: Tensor, x_step: Tensor, w_step: Tensor, x_zero: float, w_zero: float, dtype: torch.dtype
-) -> Tensor:
+def _(x: Tensor, w: Tensor, x_step: Tensor, w_step: Tensor, x_zero: float, w_zero: float, dtype: torch.dtype) -> Tensor:
     return x.new_empty((*x.shape[:-1], w.shape[0]), dtype=dtype)
 
 
 @integer_linear.register_kernel("cpu")
-def _(
-    x: Tensor, w: Tensor, x_step: Tensor, w_step: Tensor, x_zero: float, w_zero: float, dtype: torch.dtype
-) -> Tensor:
+def _(x: Tensor, w: Tensor, x_step: Tensor, w_step: Tensor, x_zero: float, w_zero: float, dtype: torch.dtype) -> Tensor:
     if not computes(x_step, w_step) or dtype not in TYPES or not x.numel() or not w.numel():
         return integer_linear._init_fn(x, w, x_step, w_step, x_zero, w_zero, dtype)
     x, w = x.contiguous(), w.contiguous()
@@ -108,66 +109,56 @@ def fits_quarters(x_zero: float, w_zero: float, columns: int) -> bool:
 # Quantizing -----------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("bitbell::quantize_kept", mutates_args=())
-def quantize_kept(
-    x: Tensor, thresholds: Tensor, rotation: int, group: str, size: Tensor | None, smallest: float, keep: torch.dtype | None
+@torch.library.custom_op("bitbell::bell_quantize", mutates_args=())
+def bell_quantize(
+    x: Tensor, bits: int, rotation: int, group: str, frozen: Tensor | None, smallest: float, keep: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Centred codes int8 of `x` (..., C), the size that they are in units of, and the rotated x in the type `keep`.
+    """BBQ's centred codes int8 of `x` (..., C), the 1 / RMS that they go by, and the rotated x in the type `keep`.
 
-    code = how many of `thresholds` (2**bits - 1, float32, rising) are at most h / size, less 2**(bits-1), with h =
-    rotate(x). group: the size is the RMS of each "row" (..., 1), that of the whole "tensor" (1,), never below
-    `smallest`, or "given" in `size` (1,). What comes back as size is NaN where its part of x holds NaN or infinity.
+    group: one RMS for each "row" (..., 1), or for the whole "tensor" (1,), never below `smallest`; frozen: 1 / RMS (1,)
+    to take instead. What comes back as 1 / RMS, float32, is not finite where its part of x holds NaN or infinity.
     keep: None for nothing; the third tensor is then empty.
     """
     h = rotate(x.float(), rotation)
-    found = _size(h, group, size, smallest)
-    half = (len(thresholds) + 1) // 2
-    codes = torch.searchsorted(thresholds, (h / found).contiguous(), right=True) - half
-    codes = torch.where(h.isnan(), -half, codes).to(torch.int8)
     trace = (0 * h).sum(-1, keepdim=True) if group == "row" else (0 * h).sum().reshape(1)
-    return codes, found + trace, h.to(keep) if keep is not None else x.new_empty(0)
+    if frozen is None:
+        square = h.square().mean(-1, keepdim=True) if group == "row" else h.square().mean().reshape(1)
+        inverse_rms = square.sqrt().clamp_min(smallest).reciprocal()
+    else:
+        inverse_rms = frozen.float()
+    codes = bell_codes(h, inverse_rms, bits).nan_to_num(-(2 ** (bits - 1))).to(torch.int8)
+    return codes, inverse_rms + trace, h.to(keep) if keep is not None else x.new_empty(0)
 
 
-@quantize_kept.register_fake
+@bell_quantize.register_fake
 def _(
-    x: Tensor, thresholds: Tensor, rotation: int, group: str, size: Tensor | None, smallest: float, keep: torch.dtype | None
+    x: Tensor, bits: int, rotation: int, group: str, frozen: Tensor | None, smallest: float, keep: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     shape = (*x.shape[:-1], 1) if group == "row" else (1,)
     kept = x.new_empty(x.shape, dtype=keep) if keep is not None else x.new_empty(0)
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(shape, dtype=torch.float32), kept
 
 
-@quantize_kept.register_kernel("cpu")
+@bell_quantize.register_kernel("cpu")
 def _(
-    x: Tensor, thresholds: Tensor, rotation: int, group: str, size: Tensor | None, smallest: float, keep: torch.dtype | None
+    x: Tensor, bits: int, rotation: int, group: str, frozen: Tensor | None, smallest: float, keep: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     if not computes(x) or not x.numel() or (keep is not None and keep not in TYPES):
-        return quantize_kept._init_fn(x, thresholds, rotation, group, size, smallest, keep)
+        return bell_quantize._init_fn(x, bits, rotation, group, frozen, smallest, keep)
     x, columns = x.contiguous(), x.shape[-1]
-    rows = x.numel() // columns
-    bits = len(thresholds).bit_length()
+    rows, by_row = x.numel() // columns, group == "row" and frozen is None
+    # Under a frozen RMS thresholds are those of the input itself, found on the very formula.
+    thresholds = bell_thresholds(bits) if frozen is None else bell_thresholds(bits, float(frozen))
     plan = native.InputPlan(bits, rotation, smallest=smallest, thresholds=thresholds)
     codes = torch.empty(x.shape, dtype=torch.int8, device="cpu")
-    found = torch.empty((*x.shape[:-1], 1) if group == "row" else (1,), dtype=torch.float32, device="cpu")
-    if size is not None:
-        found.copy_(size)
+    rms = torch.ones((*x.shape[:-1], 1) if by_row else (1,), dtype=torch.float32, device="cpu")
     kept = torch.empty(x.shape if keep is not None else 0, dtype=x.dtype if keep is None else keep, device="cpu")
     native.extension.training_quantize(
         *(native.level(), plan.fields(), x.data_ptr(), TYPES[x.dtype], rows, columns),
-        *(group == "row", group == "given", found.data_ptr(), codes.data_ptr()),
+        *(by_row, frozen is not None, rms.data_ptr(), codes.data_ptr()),
         *(kept.data_ptr() if keep is not None else 0, TYPES[kept.dtype], native.threads()),
     )
-    return codes, found, kept
-
-
-def _size(h: Tensor, group: str, size: Tensor | None, smallest: float) -> Tensor:
-    if group not in GROUPS:
-        raise ValueError(f"group must be one of {', '.join(GROUPS)}, got {group!r}")
-    if group == "given":
-        assert size is not None
-        return size.float()
-    square = h.square().mean(-1, keepdim=True) if group == "row" else h.square().mean().reshape(1)
-    return square.sqrt().clamp_min(smallest)
+    return codes, 1 / rms if frozen is None else frozen.float() + 0 * rms, kept
 
 
 # The gradient ---------------------------------------------------------------------------------------------------------
@@ -179,7 +170,7 @@ def bell_gradient(
     kept: Tensor,
     is_rotated: bool,
     codes: Tensor,
-    size: Tensor,
+    inverse_rms: Tensor,
     factor: Tensor,
     zero_point: float,
     rotation: int,
@@ -188,11 +179,11 @@ def bell_gradient(
 ) -> tuple[Tensor, Tensor]:
     """dL/dx in `dtype`, and of every row the sum of levels times g (..., 1) float32. See `bitbell.quantizers.bbq`.
 
-    u = exp(-v**2 / 2) g with v = h / size; dL/dx = rotate(factor (u - v mean(u v))), the mean over each "row", over the
-    "tensor", or "none". kept: x, or the rotated x. size, factor: (..., 1) or (1,), float32.
+    u = exp(-v**2 / 2) g with v = h / RMS; dL/dx = rotate(factor (u - v mean(u v))), the mean over each "row", over the
+    "tensor", or "none". kept: x, or the rotated x. inverse_rms, factor: (..., 1) or (1,), float32.
     """
     h = kept.float() if is_rotated else rotate(kept.float(), rotation)
-    g, v = g.float(), h / size
+    g, v = g.float(), h * inverse_rms
     u = v.square().mul_(-0.5).exp_().mul_(g)
     sums = (g * (codes.float() - zero_point)).sum(-1, keepdim=True)
     if radial == "row":
@@ -208,7 +199,7 @@ def _(
     kept: Tensor,
     is_rotated: bool,
     codes: Tensor,
-    size: Tensor,
+    inverse_rms: Tensor,
     factor: Tensor,
     zero_point: float,
     rotation: int,
@@ -225,18 +216,18 @@ def _(
     kept: Tensor,
     is_rotated: bool,
     codes: Tensor,
-    size: Tensor,
+    inverse_rms: Tensor,
     factor: Tensor,
     zero_point: float,
     rotation: int,
     radial: str,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    if not computes(g, kept, size, factor) or dtype not in TYPES or not g.numel():
+    if not computes(g, kept, inverse_rms, factor) or dtype not in TYPES or not g.numel():
         how = zero_point, rotation, radial, dtype
-        return bell_gradient._init_fn(g, kept, is_rotated, codes, size, factor, *how)
+        return bell_gradient._init_fn(g, kept, is_rotated, codes, inverse_rms, factor, *how)
     g, kept, codes = g.contiguous(), kept.contiguous(), codes.contiguous()
-    inverse, factor = (1 / size.float()).contiguous(), factor.float().contiguous()
+    inverse_rms, factor = inverse_rms.float().contiguous(), factor.float().contiguous()
     rows, columns = g.numel() // g.shape[-1], g.shape[-1]
     out = torch.empty(g.shape, dtype=dtype, device="cpu")
     sums = torch.empty((*g.shape[:-1], 1), dtype=torch.float32, device="cpu")
@@ -248,9 +239,9 @@ def _(
         "h_rotation": 1 if is_rotated else rotation,
         "rotation": rotation,
         "codes": codes.data_ptr(),
-        "inverse_size": inverse.data_ptr(),
+        "inverse_size": inverse_rms.data_ptr(),
         "factor": factor.data_ptr(),
-        "size_by_row": inverse.numel() > 1,
+        "size_by_row": inverse_rms.numel() > 1,
         "factor_by_row": factor.numel() > 1,
         "radial": radial != "none",
         "by_row": radial == "row",
@@ -265,4 +256,4 @@ def _(
 
 BELL_SLOPE = math.sqrt(2 / math.pi)  # 2 phi(0): the slope of scale * (2 Phi(v) - 1) at 0, in units of the scale
 
-__all__ = ["BELL_SLOPE", "bell_gradient", "computes", "fold_zero_points", "integer_linear", "quantize_kept"]
+__all__ = ["BELL_SLOPE", "bell_gradient", "bell_quantize", "computes", "integer_linear"]

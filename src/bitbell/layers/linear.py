@@ -28,13 +28,13 @@ class SharedInput:
         self.quantizer, self.num_layers = quantizer, num_layers
         self._kept: tuple[Tensor, tuple[object, ...], Quantized, tuple[int, ...]] | None = None
 
-    def quantize(self, x: Tensor, layer: int) -> Quantized:
-        """Quantize `x` for the layer with index `layer`."""
-        kept, state = self._kept, self._state(x)
+    def quantize(self, x: Tensor, layer: int, codes_only: bool = False) -> Quantized:
+        """Quantize `x` for the layer with index `layer`. codes_only: by `Quantizer.quantize_codes`."""
+        kept, state = self._kept, (codes_only, *self._state(x))
         if kept is not None and kept[0] is x and kept[1] == state and layer not in kept[3]:
             quantized, served = kept[2], (*kept[3], layer)
         else:
-            quantized, served = self.quantizer.quantize(x), (layer,)
+            quantized, served = _quantize(self.quantizer, x, codes_only), (layer,)
         self._kept = None if len(served) == self.num_layers else (x, state, quantized, served)
         return quantized
 
@@ -52,6 +52,10 @@ class SharedInput:
         return SharedInput(copy.deepcopy(self.quantizer, memo), self.num_layers)
 
 
+def _quantize(quantizer: Quantizer, x: Tensor, codes_only: bool) -> Quantized:
+    return quantizer.quantize_codes(x) if codes_only else quantizer.quantize(x)
+
+
 class QuantizedLayer:
     """What every layer with a quantized input has in common, trained or packed."""
 
@@ -59,6 +63,7 @@ class QuantizedLayer:
     activation_quantizer: Quantizer | None
     shared_input: SharedInput | None = None
     place_in_shared_input: int = 0
+    integer_forward: bool = False  # whether training multiplies codes as integers, not levels as floats
 
     def share_input(self, shared: SharedInput, place: int) -> None:
         """Use a shared activation quantizer. The layer in place 0 owns it; only there is it part of the state."""
@@ -71,9 +76,9 @@ class QuantizedLayer:
     def quantize_input(self, x: Tensor) -> Quantized:
         """Codes and step of the layer's input."""
         if self.shared_input is not None:
-            return self.shared_input.quantize(x, self.place_in_shared_input)
+            return self.shared_input.quantize(x, self.place_in_shared_input, self.integer_forward)
         assert self.activation_quantizer is not None
-        return self.activation_quantizer.quantize(x)
+        return _quantize(self.activation_quantizer, x, self.integer_forward)
 
     def quantizer_input(self, x: Tensor) -> Tensor:
         """What the activation quantizer sees of the layer's input `x`: groups that share a statistic last."""
@@ -140,7 +145,7 @@ class TrainedLayer(QuantizedLayer, nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.row_gather is not None:
             return self.row_gather.forward(self, x)
-        return self.multiply(x, self.weight_quantizer.quantize(self.matrix))
+        return self.multiply(x, _quantize(self.weight_quantizer, self.matrix, self.integer_forward))
 
     def multiply(self, x: Tensor, w: Quantized) -> Tensor:
         """The layer's output for input `x` (..., in_features) and its quantized weight `w`."""
@@ -149,8 +154,20 @@ class TrainedLayer(QuantizedLayer, nn.Module):
             y = F.linear(rotate(x, self.weight_quantizer.rotation), w.values.to(x.dtype))
         else:
             a = self.quantize_input(x)
-            y = integer_linear(a, w, grid_of(self.activation_quantizer), grid_of(self.weight_quantizer), dtype)
+            grids = grid_of(self.activation_quantizer), grid_of(self.weight_quantizer)
+            y = integer_linear(a, w, *grids, dtype, self.integer_forward)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def multiply_integers(self) -> None:
+        """From now on multiply codes as integers in training. Raises ValueError where there are none to multiply."""
+        if self.activation_quantizer is None:
+            raise ValueError("integer_forward needs quantized activations: its inputs stay floats")
+        if self.is_image:
+            raise ValueError("integer_forward is for linear layers: convolutions multiply levels as floats in training")
+        for quantizer in (self.weight_quantizer, self.activation_quantizer):
+            if quantizer.table is not None:
+                raise ValueError(f"integer_forward needs even levels, and those of {quantizer.method} are a table's")
+        self.integer_forward = True
 
     def weight_codes(self) -> Tensor:
         return self.weight_quantizer.encode(self.matrix)

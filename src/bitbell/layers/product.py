@@ -3,10 +3,12 @@
     y = (levels_x . levels_w^T) * step_w * step_x          and where a method adds an offset to its values
       + offset_x * (sum of levels_w) * step_w + (sum of levels_x) * step_x * offset_w + K offset_x offset_w
 
-Levels are small integers or half-integers, so float32 multiplies and sums them exactly, and only the two steps round.
-Under bfloat16 autocast the operands are exact too, but the sum is rounded to bfloat16 before the steps. For the
-backward pass it keeps codes (one byte an element) instead of float tensors. A method whose grid is not uniform has its
-levels looked up in a table; their products are as exact as the table's numbers allow.
+Fake quantization multiplies levels as floats. Levels are small integers or half-integers, so float32 multiplies and
+sums them exactly, and only the two steps round. Under bfloat16 autocast the operands are exact too, but the sum is
+rounded to bfloat16 before the steps. A method whose grid is not uniform has its levels looked up in a table; their
+products are as exact as the table's numbers allow. With `on_integers` the codes themselves are multiplied, int8 with
+sums in int32, exactly in every precision (`bitbell.kernels.training.integer_linear`). Either way codes (one byte an
+element) are kept for the backward pass instead of float tensors, and gradients are products of floats.
 """
 
 from __future__ import annotations
@@ -17,10 +19,12 @@ import torch
 from torch import Tensor
 
 from bitbell.kernels import no_autocast
+from bitbell.kernels import training as kernels
 from bitbell.quantizers import Quantized, Quantizer
 from bitbell.quantizers.base import table_like
 
 Grid = tuple[float, tuple[float, ...] | None]
+Operand = tuple[Tensor, Tensor, Tensor | None, Grid]  # codes, step, offset, and what codes mean
 
 
 def grid_of(quantizer: Quantizer) -> Grid:
@@ -37,12 +41,13 @@ def levels_of(codes: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
     return levels.sub_(zero_point) if zero_point else levels
 
 
-def integer_linear(x: Quantized, w: Quantized, x_grid: Grid, w_grid: Grid, dtype: torch.dtype) -> Tensor:
+def integer_linear(
+    x: Quantized, w: Quantized, x_grid: Grid, w_grid: Grid, dtype: torch.dtype, on_integers: bool = False
+) -> Tensor:
     """Multiply quantized `x` (..., I) by quantized `w` (O, I) transposed: (..., O) in `dtype`, differentiable in both
     values."""
-    return _IntegerLinear.apply(
-        x.values, w.values, x.codes, w.codes, x.step, w.step, x.offset, w.offset, x_grid, w_grid, dtype
-    )
+    operands = x.values, w.values, x.codes, w.codes, x.step, w.step, x.offset, w.offset
+    return _IntegerLinear.apply(*operands, x_grid, w_grid, dtype, on_integers)
 
 
 def add_offsets(
@@ -82,20 +87,14 @@ class _IntegerLinear(torch.autograd.Function):
         x_grid: Grid,
         w_grid: Grid,
         dtype: torch.dtype,
+        on_integers: bool,
     ) -> Tensor:
         ctx.save_for_backward(x_codes, w_codes, x_step, w_step, x_offset, w_offset)
         ctx.x_grid, ctx.w_grid, ctx.dtype = x_grid, w_grid, dtype
         ctx.x_dtype, ctx.w_dtype = x_values.dtype, w_values.dtype
+        x, w = (x_codes, x_step, x_offset, x_grid), (w_codes, w_step, w_offset, w_grid)
         with no_autocast(x_codes.device):
-            # float16 ends at 65504, which sums of levels pass.
-            sums = torch.float32 if dtype == torch.float16 else dtype
-            x_levels, w_levels = levels_of(x_codes, x_grid, sums), levels_of(w_codes, w_grid, sums)
-            y = (x_levels @ w_levels.T) * w_step.reshape(-1) * x_step
-            if x_offset is not None or w_offset is not None:
-                wide = torch.promote_types(x_step.dtype, torch.float32)
-                x_sums, w_sums = x_levels.sum(-1, keepdim=True, dtype=wide), w_levels.sum(-1, dtype=wide)
-                y = add_offsets(y, x_sums, w_sums, (x_step, x_offset), (w_step, w_offset), x_codes.shape[-1])
-        return y.to(dtype)
+            return (_multiply_codes if on_integers else _multiply_levels)(x, w, dtype)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -107,7 +106,32 @@ class _IntegerLinear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             x = _values(x_codes, ctx.x_grid, x_step, x_offset, ctx.dtype)
             grad_w = (g.reshape(-1, g.shape[-1]).T @ x.reshape(-1, x.shape[-1])).to(ctx.w_dtype)
-        return grad_x, grad_w, *[None] * 9
+        return grad_x, grad_w, *[None] * 10
+
+
+def _multiply_levels(x: Operand, w: Operand, dtype: torch.dtype) -> Tensor:
+    """In floats. float16 ends at 65504, which sums of levels pass."""
+    (x_codes, x_step, x_offset, x_grid), (w_codes, w_step, w_offset, w_grid) = x, w
+    sums = torch.float32 if dtype == torch.float16 else dtype
+    x_levels, w_levels = levels_of(x_codes, x_grid, sums), levels_of(w_codes, w_grid, sums)
+    y = (x_levels @ w_levels.T) * w_step.reshape(-1) * x_step
+    if x_offset is not None or w_offset is not None:
+        wide = torch.promote_types(x_step.dtype, torch.float32)
+        x_sums, w_sums = x_levels.sum(-1, keepdim=True, dtype=wide), w_levels.sum(-1, dtype=wide)
+        y = add_offsets(y, x_sums, w_sums, (x_step, x_offset), (w_step, w_offset), x_codes.shape[-1])
+    return y.to(dtype)
+
+
+def _multiply_codes(x: Operand, w: Operand, dtype: torch.dtype) -> Tensor:
+    """In integers."""
+    (x_codes, x_step, x_offset, (x_zero, _)), (w_codes, w_step, w_offset, (w_zero, _)) = x, w
+    if x_offset is None and w_offset is None:
+        return kernels.integer_linear(x_codes, w_codes, x_step, w_step, x_zero, w_zero, dtype)
+    wide, columns = torch.promote_types(x_step.dtype, torch.float32), x_codes.shape[-1]
+    y = kernels.integer_linear(x_codes, w_codes, x_step, w_step, x_zero, w_zero, wide)
+    x_sums = x_codes.sum(-1, keepdim=True, dtype=torch.int32) - columns * x_zero
+    w_sums = w_codes.sum(-1, dtype=torch.int32) - columns * w_zero
+    return add_offsets(y, x_sums.to(wide), w_sums.to(wide), (x_step, x_offset), (w_step, w_offset), columns).to(dtype)
 
 
 def _values(codes: Tensor, grid: Grid, step: Tensor, offset: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -32,25 +32,29 @@ HEAD_NAMES = ("lm_head", "embed_out", "head", "classifier", "score", "fc")
 NO_LINEAR = "it has no nn.Linear, no nn.Conv2d and no Conv1D of transformers"
 
 
-def quantize(model: nn.Module, rules: Rules, *, share_inputs: bool = True) -> nn.Module:
+def quantize(model: nn.Module, rules: Rules, *, share_inputs: bool = True, integer_forward: bool = False) -> nn.Module:
     """Swap the linear layers and convolutions of `model` for quantized ones, in place, and return it.
 
     rules: a recipe, its name, or an ordered mapping pattern -> recipe, name or None. share_inputs: let q/k/v and
-    gate/up projections of one block share one activation quantizer. The output head is what the model says it is, or
-    the last linear layer if it, or what it hangs in, is called lm_head, embed_out, head, classifier, score or fc.
-    Make the optimizer afterwards: the scales are new parameters. To load a quantized state, quantize with the same
-    rules first. The result must see `bitbell.calibrate(model, batch)` before its first forward pass. Raises ValueError
-    for a rule that matches nothing, for a layer that cannot be rotated, and for a model that is quantized already.
+    gate/up projections of one block share one activation quantizer. integer_forward: train on products of integers
+    (int8 codes, int32 sums) instead of floats that hold the same levels; gradients stay those of floats. The output
+    head is what the model says it is, or the last linear layer if it, or what it hangs in, is called lm_head,
+    embed_out, head, classifier, score or fc. Make the optimizer afterwards: the scales are new parameters. To load a
+    quantized state, quantize with the same rules first. The result must see `bitbell.calibrate(model, batch)` before
+    its first forward pass. Raises ValueError for a rule that matches nothing, for a layer that cannot be rotated or
+    has no integers to multiply, and for a model that is quantized already.
     """
     if any(isinstance(module, QuantizedLayer) for module in model.modules()):
         raise ValueError("this model is quantized already; quantize() works on a full-precision model, once")
     compiled = _compile_rules(rules)
     plan, kept = _plan(model, compiled)
     _check_rules(model, compiled)
-    layers: dict[str, nn.Module] = {}
+    layers: dict[str, TrainedLayer] = {}
     for name, recipe in plan.items():
         try:
             layers[name] = quantized_twin(model.get_submodule(name), recipe)
+            if integer_forward:
+                layers[name].multiply_integers()
         except ValueError as error:
             raise ValueError(f"{name}: {error} (a rule {name!r}: None would leave it in full precision)") from None
     if not layers:

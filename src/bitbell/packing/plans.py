@@ -12,16 +12,13 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from bitbell.kernels.native import InputPlan
+from bitbell.kernels.thresholds import Codes, bell_thresholds, find_thresholds, float32
 from bitbell.quantizers import BBQ, LSQ, AbsMax, Quantizer, QuEST
 from bitbell.quantizers.formula import FormulaQuantizer
 from bitbell.quantizers.n2uq import N2UQActivations
 from bitbell.quantizers.steps import OPTIMAL_CLIP, SMALLEST_SIZE
-
-Codes = Callable[[Tensor], Tensor]
-LARGEST = 1e30  # that is looked for; sums of such numbers are still finite
 
 
 @torch.no_grad()
@@ -47,7 +44,7 @@ def _static_plan(quantizer: Quantizer) -> InputPlan:
     """Nothing is measured: thresholds are values of the rotated input."""
     bare = copy.copy(quantizer).eval()
     bare.rotation = None
-    known = bare.quantize(_float32(0.0))
+    known = bare.quantize(float32(0.0))
     step = float(known.step)
     offset = 0.0 if known.offset is None else float(known.offset)
     plan = partial(InputPlan, quantizer.bits, quantizer.rotation, step_plus=step, zero_point=quantizer.zero_point)
@@ -63,7 +60,7 @@ def _token_plan(quantizer: Quantizer) -> InputPlan | None:
     plan = partial(InputPlan, bits, quantizer.rotation, zero_point=quantizer.zero_point)
     if isinstance(quantizer, BBQ):
         offset = 0.0 if quantizer.offset is None else float(quantizer.offset)
-        table, step = find_thresholds(_bell_codes(bits), bits), float(quantizer.scale / 2 ** (bits - 1))
+        table, step = bell_thresholds(bits), float(quantizer.scale / 2 ** (bits - 1))
         plan = partial(plan, statistic="rms", smallest=SMALLEST_SIZE, divisor=1.0, divisor_plus=0.0)
         return plan(thresholds=table, offset=offset, **{"step_factor" if quantizer.restore_rms else "step_plus": step})
     if isinstance(quantizer, QuEST):
@@ -71,14 +68,14 @@ def _token_plan(quantizer: Quantizer) -> InputPlan | None:
         return _uniform_plan(plan, "rms", bits, step, plus)
     assert isinstance(quantizer, FormulaQuantizer)
     assert quantizer.statistic is not None
-    of_one, of_two = (quantizer.formula(_float32(0.0), _float32(size)) for size in (1.0, 2.0))
+    of_one, of_two = (quantizer.formula(float32(0.0), float32(size)) for size in (1.0, 2.0))
     step = float(of_one.step)
     if of_one.offset is not None or float(of_two.step) != 2 * step:
         return None  # no step in proportion to the size
     plan = partial(plan, smallest=SMALLEST_SIZE)
     if isinstance(quantizer, AbsMax):
         return _uniform_plan(plan, "absmax", bits, step, 0.0)
-    table = find_thresholds(lambda v: quantizer.formula(v, _float32(1.0)).codes, bits)
+    table = find_thresholds(lambda v: quantizer.formula(v, float32(1.0)).codes, bits)
     return plan(statistic=quantizer.statistic, divisor=1.0, divisor_plus=0.0, step_factor=step, thresholds=table)
 
 
@@ -92,39 +89,3 @@ def _uniform_plan(plan: Callable[..., InputPlan], statistic: str, bits: int, ste
 def _uniform_codes(bits: int) -> Codes:
     half = 2 ** (bits - 1)
     return lambda v: (v - 0.5).round().clamp(-half, half - 1)
-
-
-def _bell_codes(bits: int) -> Codes:
-    half = 2 ** (bits - 1)
-    return lambda v: (v * 0.5**0.5).erf().mul(half).add(half - 0.5).round().clamp(0, 2 * half - 1) - half
-
-
-def find_thresholds(codes: Codes, bits: int) -> Tensor:
-    """The smallest float32 at which `codes` (elementwise, rising, centred) reaches each code but the lowest.
-
-    (2**bits - 1,) float32; -inf for a code that everything reaches, inf for one that nothing does.
-    """
-    wanted = torch.arange(1, 2**bits, device="cpu") - 2 ** (bits - 1)
-    low = torch.full_like(wanted, -_place(LARGEST))
-    high = torch.full_like(wanted, _place(LARGEST))
-    always, never = codes(_float_at(low)) >= wanted, codes(_float_at(high)) < wanted
-    for _ in range(33):  # halves 2**32 places down to one
-        middle = (low + high).div(2, rounding_mode="floor")
-        reached = codes(_float_at(middle)) >= wanted
-        low, high = torch.where(reached, low, middle), torch.where(reached, middle, high)
-    found = _float_at(high)
-    return found.masked_fill(always, -torch.inf).masked_fill(never, torch.inf)
-
-
-def _float32(x: float) -> Tensor:
-    """(1,), whatever torch's default type and device are."""
-    return torch.tensor([x], dtype=torch.float32, device="cpu")
-
-
-def _place(x: float) -> int:
-    """Where a positive float32 stands among the floats in rising order; 0.0 has place 0."""
-    return int(_float32(x).view(torch.int32))
-
-
-def _float_at(place: Tensor) -> Tensor:
-    return torch.where(place < 0, _float32(-1.0), _float32(1.0)) * place.abs().to(torch.int32).view(torch.float32)

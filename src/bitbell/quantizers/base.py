@@ -95,6 +95,11 @@ class Quantizer(nn.Module):
         """The value of one level, from the stored scale; shaped like `scale`."""
         return self.scale
 
+    def quantize_codes(self, x: Tensor) -> Quantized:
+        """`quantize` for who multiplies codes: values are there for their gradient only (`gradient_carrier`)."""
+        found = self.quantize(x)
+        return found._replace(values=_Carrier.apply(found.values))
+
     # What every method shares ----------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:
@@ -204,6 +209,21 @@ class Quantizer(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in self.options().items())
+
+
+def gradient_carrier(like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Zeros of the shape of `like` that take no memory: something for a gradient to come back through."""
+    return like.new_zeros((), dtype=dtype).expand(like.shape)
+
+
+class _Carrier(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        return gradient_carrier(values, values.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g
 
 
 def check_bits(argument: str, method: type[Quantizer], bits: object) -> None:

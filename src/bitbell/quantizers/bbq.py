@@ -33,7 +33,9 @@ import torch
 from torch import Tensor, nn
 
 from bitbell.kernels import ROTATION_BLOCK, product_dtype, rotate, rotate_gradient
+from bitbell.kernels.training import computes
 from bitbell.quantizers.base import Quantized, Quantizer, sum_to, wide
+from bitbell.quantizers.fused_bbq import FusedBellBox
 from bitbell.quantizers.ranks import ALONE, Ranks, mean_over
 from bitbell.quantizers.steps import BELL_SCALE, OPTIMAL_CLIP, RUNNING_DECAY, SMALLEST_SIZE
 
@@ -112,11 +114,30 @@ class BBQ(Quantizer):
         frozen = self.running_inverse_rms if self._uses_running_rms and not self.training else None
         group = self.rms if self.normalise else "none"
         how = group, self.bits, self.zero_point, self.rotation, self.estimator, self.rms_gradient, self.rows is not None
-        how = *how, self.ranks, self._restores_rms
-        values, codes, step, inverse_rms = _BellBox.apply(x, self.scale, self.offset, frozen, *how)
+        rest = self.ranks, self._restores_rms
+        values, codes, step, inverse_rms = _BellBox.apply(x, self.scale, self.offset, frozen, *how, *rest)
         if self._uses_running_rms and self.training:
             self._update_running_statistics(inverse_rms)
         return Quantized(values, codes, step, None if self.offset is None else self.offset.detach())
+
+    def quantize_codes(self, x: Tensor) -> Quantized:
+        if not self._is_fused_for(x):
+            return super().quantize_codes(x)
+        self.check_input(x)
+        self.require_calibrated()
+        frozen = self.running_inverse_rms if self.rms == "running" and not self.training else None
+        group = "row" if self.rms in ("row", "token") else "tensor"
+        how = group, self.bits, self.zero_point, self.rotation, self.rms_gradient
+        weight_and_shares = self.rows is not None, self.ranks.size
+        values, codes, step, inverse_rms = FusedBellBox.apply(x, self.scale, frozen, *how, *weight_and_shares)
+        if self.rms == "running" and self.training:
+            self._update_running_statistics(inverse_rms)
+        return Quantized(values, codes, step)
+
+    def _is_fused_for(self, x: Tensor) -> bool:
+        """Whether the C++ kernels quantize `x`: BBQ as published, on a CPU, within one process."""
+        published = self.estimator == "bell" and self.normalise and not self.restore_rms and self.offset is None
+        return published and self.ranks.group is None and computes(x)
 
     @property
     def _uses_running_rms(self) -> bool:

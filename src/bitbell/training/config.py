@@ -66,6 +66,8 @@ class TrainConfig:
     --rules '*.mlp.*' bbq-w2a2 '*' bbq-w4a4"""
     share_inputs: bool = True
     """Let q/k/v and gate/up projections share one activation quantizer."""
+    integer_forward: bool = False
+    """Multiply int8 codes with exact int32 sums in the forward pass, instead of floats that hold the same levels."""
 
     steps: int = 300
     """Optimizer steps."""

@@ -123,10 +123,10 @@ def build_run_model(config: TrainConfig, vocab_size: int) -> nn.Module:
     from bitbell.models import build_model
 
     model = build_model(config.preset, vocab_size=vocab_size, sequence_length=config.sequence_length, seed=config.seed)
-    if config.rules:
-        return quantize(model, config.rules, share_inputs=config.share_inputs)
-    recipe = as_recipe(config.recipe)
-    return model if recipe is None else quantize(model, recipe, share_inputs=config.share_inputs)
+    rules = config.rules or as_recipe(config.recipe)
+    if rules is None:
+        return model
+    return quantize(model, rules, share_inputs=config.share_inputs, integer_forward=config.integer_forward)
 
 
 def load_run(run: str | Path) -> tuple[nn.Module, TrainConfig, int]:
