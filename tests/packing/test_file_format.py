@@ -164,6 +164,60 @@ def output_of(directory: Path, x: Array) -> Array:
     return total * step_w * step_x + tensors["bias"] + offsets + inputs * a.offset * o_w
 
 
+def image_output_of(directory: Path, image: Array) -> Array:
+    """What convolution "0" of the directory, of one group, makes of `image` (N, channels, H, W)."""
+    tensors = {name[2:]: value for name, value in load_file(directory / "model.safetensors").items()}
+    quantization = json.loads((directory / "config.json").read_text())["quantization_config"]
+    layer = quantization["layers"]["0"]
+    recipe, shape = quantization["recipes"][layer["recipe"]], layer["convolution"]
+    (height, width), (down, right), (dy, dx) = shape["kernel"], shape["stride"], shape["dilation"]
+    c_w = unpack(tensors["weight_packed"], recipe["weights"], layer["shape"][1])
+    filters = c_w.reshape(len(c_w), height, width, shape["in_channels"])
+    x = image.transpose(0, 2, 3, 1)
+    before, after, top, bottom = shape["padding"]
+    around = ((0, 0), (top, bottom), (before, after), (0, 0))
+    if shape["mode"] != "zeros":
+        x = np.pad(x, around, mode={"circular": "wrap"}[shape["mode"]])
+    prefix = "activation_quantizer."
+    a = Input({name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)}, recipe)
+    codes, step = a.codes_and_step(rotate(x, layer["rotation"]).reshape(len(x), -1))
+    codes, inside = codes.reshape(x.shape), np.ones(x.shape)
+    if shape["mode"] == "zeros":
+        codes, inside = np.pad(codes, around), np.pad(inside, around)
+    z_x, z_w = a.zero_point(), layer["weight_zero_point"]
+    rows = (codes.shape[1] - dy * (height - 1) - 1) // down + 1
+    columns = (codes.shape[2] - dx * (width - 1) - 1) // right + 1
+    y = np.zeros((len(x), len(c_w), rows, columns))
+    for i in range(rows):
+        for j in range(columns):
+            down_to, right_to = i * down + dy * height, j * right + dx * width
+            taps = (slice(None), slice(i * down, down_to, dy), slice(j * right, right_to, dx))
+            c_x, there = codes[taps][:, None], inside[taps][:, None]
+            products = c_x * filters - z_w * c_x - z_x * there * filters + z_x * z_w * there
+            total = products.sum((2, 3, 4))
+            y[:, :, i, j] = total * tensors["weight_scale"].T * step + tensors["bias"]
+    return y
+
+
+@pytest.mark.parametrize("recipe", ["bbq-w2a2", "bbq-vision-w3a2", "quest-w4a4:granularity=tensor", "absmax-w2a3"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"kernel_size": 3, "padding": 1},
+        {"kernel_size": 2, "padding": "same", "dilation": (1, 3)},
+        {"kernel_size": (2, 3), "stride": (2, 1), "padding": (0, 2), "padding_mode": "circular"},
+    ],
+)
+def test_the_page_is_enough_to_read_a_convolution(tmp_path: Path, recipe: str, shape: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(48, 5, **shape)), torch.randn(2, 48, 5, 6)
+    bitbell.calibrate(bitbell.quantize(model, {"0": recipe}), x)
+    expected = model.eval()(x).detach().numpy()
+    got = image_output_of(bitbell.pack(model).save(tmp_path / "packed"), x.numpy().astype(np.float64))
+    wrong = np.abs(got - expected) > 1e-4 * np.abs(expected).max()
+    assert wrong.mean() <= 0.02  # a value next to a threshold may get the neighbouring code
+
+
 def recipes() -> list[str]:
     """Every variant at its narrowest and widest, and what has options of its own in the files."""
     found = []

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from bitbell.kernels import rotate
-from bitbell.layers import QuantLinear, calibrate, quantize, quantized_layers
+from bitbell.layers import QuantConv2d, QuantLinear, calibrate, quantize, quantized_layers
 from bitbell.models import build_model
 from bitbell.quantizers import make_quantizer
 from bitbell.training import Fogzo, TrainConfig, TrainingDiverged, train
@@ -403,6 +403,34 @@ def test_a_weight_stored_in_columns_is_corrected_like_one_in_rows() -> None:
         Fogzo(model, seed=4).correct(lambda model=model: model(x).square().mean(), beta=0.99, step=0)
         gradients.append(model[0].weight.grad)
     assert torch.allclose(gradients[0], gradients[1].T, rtol=1e-4, atol=1e-6)
+
+
+def test_a_convolution_is_corrected_like_the_linear_layer_over_its_channels() -> None:
+    torch.manual_seed(0)
+    linear, conv = QuantLinear(32, 8, "bbq-w2a2"), QuantConv2d(32, 8, 1, recipe="bbq-w2a2")
+    with torch.no_grad():
+        conv.weight.copy_(linear.weight[:, :, None, None])
+        conv.bias.copy_(linear.bias)
+    x, gradients = torch.randn(16, 32), []
+    for layer, data in ((linear, x), (conv, x[:, :, None, None])):
+        calibrate(nn.Sequential(layer), data)
+
+        def loss(layer: nn.Module = layer, data: torch.Tensor = data) -> torch.Tensor:
+            return layer(data).square().mean()
+
+        loss().backward()
+        plain = layer.weight.grad.clone()
+        Fogzo(layer, seed=3).correct(loss, beta=0.9, step=0)
+        assert not torch.equal(layer.weight.grad, plain)
+        gradients.append(layer.weight.grad.flatten(1))
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
+    wide = QuantConv2d(32, 8, 3, padding=1, recipe="bbq-w2a2")
+    image = torch.randn(2, 32, 5, 5)
+    calibrate(nn.Sequential(wide), image)
+    wide(image).square().mean().backward()
+    before = wide.weight.detach().clone()
+    assert Fogzo(wide).correct(lambda: wide(image).square().mean(), beta=1.0, step=0).agreement > 0
+    assert torch.equal(wide.weight, before)
 
 
 # Bad input -----------------------------------------------------------------------------------------------------------

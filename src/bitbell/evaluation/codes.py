@@ -81,7 +81,7 @@ def _activation_histograms(model: nn.Module, batches: Sequence[Tensor]) -> dict[
     def before(name: str, layer: QuantizedLayer, args: tuple[Any, ...]) -> None:
         quantizer = layer.activation_quantizer
         if quantizer is not None:
-            histogram = code_histogram(quantizer.encode(args[0]), quantizer.bits)
+            histogram = code_histogram(quantizer.encode(layer.quantizer_input(args[0])), quantizer.bits)
             counts[name] = counts[name] + histogram if name in counts else histogram
 
     hooks = [

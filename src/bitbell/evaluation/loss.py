@@ -37,9 +37,9 @@ class LanguageModelLoss:
 
 
 def logits_of(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Logits (B, T, vocabulary) of token ids (B, T): a Hugging Face model's `.logits`, or what any other model
-    returns."""
-    extra: dict[str, Any] = {"use_cache": False} if hasattr(model, "config") else {}
+    """Logits (B, T, vocabulary) of token ids (B, T), or (B, classes) of images: a Hugging Face model's `.logits`, or
+    what any other model returns."""
+    extra: dict[str, Any] = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
     out = model(tokens, **extra)
     return out.logits if hasattr(out, "logits") else out
 

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bitbell.kernels import product_dtype, rotate
-from bitbell.layers.convolution import Geometry, check_image, convolve, integer_convolution, with_edges
+from bitbell.layers.convolution import Geometry, as_images, channels_last, convolve, integer_convolution
 from bitbell.layers.linear import TrainedLayer
 from bitbell.layers.product import grid_of
 from bitbell.layers.recipes import Recipe
@@ -70,16 +70,11 @@ class QuantConv2d(TrainedLayer, nn.Conv2d):
         return weight.permute(0, 2, 3, 1)
 
     def quantizer_input(self, x: Tensor) -> Tensor:
-        return self._channels_last(x).flatten(1)
-
-    def _channels_last(self, x: Tensor) -> Tensor:
-        x = x.unsqueeze(0) if x.dim() == 3 else x  # one image without a batch, as nn.Conv2d takes it
-        check_image(x, self.in_channels)
-        return with_edges(x, self).permute(0, 2, 3, 1)
+        return channels_last(x, self.geometry).flatten(1)
 
     def multiply(self, x: Tensor, w: Quantized) -> Tensor:
         """The layer's output for images `x` (N, I, H, W), or one of them, and its quantized weight `w`."""
-        image = self._channels_last(x)
+        image = channels_last(x, self.geometry)
         if self.activation_quantizer is None:
             y = convolve(rotate(image, self.weight_quantizer.rotation), w.values.to(x.dtype), self.geometry)
         else:
@@ -88,10 +83,3 @@ class QuantConv2d(TrainedLayer, nn.Conv2d):
             size = int(image.shape[1]), int(image.shape[2])
             y = integer_convolution(a, w, *grids, size, self.geometry, product_dtype(x))
         return as_images(y if self.bias is None else y + self.bias.to(y.dtype), x)
-
-
-def as_images(y: Tensor, x: Tensor) -> Tensor:
-    """`y` (N, H, W, O) as (N, O, H, W), lying in memory as the layer's input `x` does; without N where `x` has none."""
-    y = y.permute(0, 3, 1, 2)
-    y = y.contiguous() if x.is_contiguous() else y
-    return y.squeeze(0) if x.dim() == 3 else y

@@ -26,7 +26,11 @@ StepAndOffset = tuple[Tensor, Tensor | None]
 
 
 class Geometry(NamedTuple):
-    """Where a convolution's windows lie. padding: zeros left, right, top and bottom, as `F.pad` takes them."""
+    """Where a convolution's windows lie. padding: how much left, right, top and bottom, as `F.pad` takes it.
+
+    mode: what the padding holds: "zeros"; or "reflect", "replicate", "circular", which is put around the input before
+    it is quantized.
+    """
 
     in_channels: int
     out_channels: int
@@ -35,14 +39,19 @@ class Geometry(NamedTuple):
     padding: tuple[int, int, int, int]
     dilation: Pair
     groups: int
+    mode: str = "zeros"
 
     @classmethod
     def of(cls, conv: nn.Conv2d) -> Geometry:
-        """Of a layer; padding of another mode than zeros is put around its input, see `with_edges`."""
+        """Of a layer."""
         found: Any = conv
-        padding = tuple(found._reversed_padding_repeated_twice) if conv.padding_mode == "zeros" else (0, 0, 0, 0)
-        window = found.kernel_size, found.stride, padding, found.dilation
-        return cls(conv.in_channels, conv.out_channels, *window, conv.groups)
+        window = found.kernel_size, found.stride, tuple(found._reversed_padding_repeated_twice), found.dilation
+        return cls(conv.in_channels, conv.out_channels, *window, conv.groups, conv.padding_mode)
+
+    @property
+    def zeros(self) -> tuple[int, int, int, int]:
+        """How many zeros lie left, right, above and below of a quantized image."""
+        return self.padding if self.mode == "zeros" else (0, 0, 0, 0)
 
     @property
     def group_channels(self) -> int:
@@ -54,11 +63,16 @@ class Geometry(NamedTuple):
         """Weights of a filter."""
         return self.kernel[0] * self.kernel[1] * self.group_channels
 
+    @property
+    def spans(self) -> Pair:
+        """Height and width of a window."""
+        return self.dilation[0] * (self.kernel[0] - 1) + 1, self.dilation[1] * (self.kernel[1] - 1) + 1
+
     def output_size(self, height: int, width: int) -> Pair:
         """Rows and columns of windows in an image. Raises ValueError where not even one fits."""
-        left, right, top, bottom = self.padding
+        left, right, top, bottom = self.zeros
         sizes = (height + top + bottom, width + left + right)
-        spans = [d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel, strict=True)]
+        spans = self.spans
         if sizes[0] < spans[0] or sizes[1] < spans[1]:
             raise ValueError(
                 f"an image of {height} x {width}, padded to {sizes[0]} x {sizes[1]}, is smaller than the kernel, "
@@ -73,27 +87,34 @@ class Geometry(NamedTuple):
         Also of an image of fewer channels, all of which then belong to the one group.
         """
         rows, columns = self.output_size(*image.shape[1:3])
-        image = F.pad(image, (0, 0, *self.padding)).contiguous()
+        image = F.pad(image, (0, 0, *self.zeros)).contiguous()
         channels = min(self.group_channels, image.shape[3])
         of_sample, of_row, of_pixel, _ = image.stride()
         size = (len(image), rows, columns, *self.kernel, channels)
         steps = (of_row * self.stride[0], of_pixel * self.stride[1], of_row * self.dilation[0])
         strides = (of_sample, *steps, of_pixel * self.dilation[1], 1)
-        return image.as_strided(size, strides, group * channels).reshape(len(image), rows, columns, -1)
+        windows = image.as_strided(size, strides, image.storage_offset() + group * channels)
+        return windows.reshape(len(image), rows, columns, self.kernel[0] * self.kernel[1] * channels)
 
 
-def check_image(x: Tensor, channels: int) -> None:
-    """Raise ValueError unless `x` is (N, channels, H, W)."""
-    if x.dim() != 4 or x.shape[1] != channels:
-        raise ValueError(f"the input must be (N, {channels}, height, width), got {tuple(x.shape)}")
+def channels_last(x: Tensor, geometry: Geometry) -> Tensor:
+    """`x` (N, I, H, W), or (I, H, W) for a batch of one, as (N, H, W, I), with edges that are not zeros around it.
+
+    Raises ValueError for another shape.
+    """
+    x = x.unsqueeze(0) if x.dim() == 3 else x
+    if x.dim() != 4 or x.shape[1] != geometry.in_channels:
+        raise ValueError(f"the input must be (N, {geometry.in_channels}, height, width), got {tuple(x.shape)}")
+    if geometry.mode != "zeros":
+        x = F.pad(x, geometry.padding, mode=geometry.mode)
+    return x.permute(0, 2, 3, 1)
 
 
-def with_edges(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """`x` (N, I, H, W) with the padding of a mode other than zeros ("reflect", "replicate", "circular") around it."""
-    if conv.padding_mode == "zeros":
-        return x
-    around: Any = conv
-    return F.pad(x, around._reversed_padding_repeated_twice, mode=conv.padding_mode)
+def as_images(y: Tensor, x: Tensor) -> Tensor:
+    """`y` (N, H, W, O) as (N, O, H, W), lying in memory as the layer's input `x` does; without N where `x` has none."""
+    y = y.permute(0, 3, 1, 2)
+    y = y.contiguous() if x.is_contiguous() else y
+    return y.squeeze(0) if x.dim() == 3 else y
 
 
 def convolve(x: Tensor, w: Tensor, geometry: Geometry) -> Tensor:
@@ -118,10 +139,10 @@ def _filters(w: Tensor, geometry: Geometry) -> Tensor:
 
 def _pad_unevenly(x: Tensor, geometry: Geometry) -> tuple[Tensor, Pair]:
     """`x` (N, I, H, W) and the padding that is left to do, which has to be the same on both sides."""
-    left, right, top, bottom = geometry.padding
+    left, right, top, bottom = geometry.zeros
     if left == right and top == bottom:
         return x, (top, left)
-    return F.pad(x, geometry.padding), (0, 0)
+    return F.pad(x, geometry.zeros), (0, 0)
 
 
 def integer_convolution(
@@ -196,7 +217,7 @@ class _IntegerConvolution(torch.autograd.Function):
         grad_x, grad_w, _ = torch.ops.aten.convolution_backward(g, image, w, None, *window, [*wanted, False])
         if grad_x is not None:
             if grad_x.shape[2:] != x.shape[1:3]:
-                left, _, top, _ = geometry.padding
+                left, _, top, _ = geometry.zeros
                 grad_x = grad_x[:, :, top : top + x.shape[1], left : left + x.shape[2]]
             grad_x = grad_x.permute(0, 2, 3, 1).reshape(x_codes.shape).to(ctx.x_dtype)
         if grad_w is not None:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from bitbell.layers import Recipe, SharedInput, is_linear, quantized_layers, replace_module, shape_of
+from bitbell.packing.conv2d import packed_kind
 from bitbell.packing.files import PackedFileError, read_config
 from bitbell.packing.layers import PackedLinear
-from bitbell.packing.model import QUANT_METHOD, READABLE_VERSIONS, PackedModel
+from bitbell.packing.model import QUANT_METHOD, READABLE_VERSIONS, PackedModel, convolution_of
 
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # of one model or another
 LARGEST_UNSAVED_BUFFERS = 2**28  # bytes; rotary tables and the like, which a model builds and the file does not hold
@@ -172,15 +173,19 @@ def with_packed_layers(folder: Path, model: nn.Module, quantization: dict[str, A
         except AttributeError:
             raise PackedFileError(f"{where}: the model has no layer {name!r}") from None
         if not is_linear(linear):
-            raise PackedFileError(f"{where}: {name!r} is a {type(linear).__name__} in the model, not a linear layer")
+            kind = type(linear).__name__
+            raise PackedFileError(f"{where}: {name!r} is a {kind} in the model, not a linear layer or a convolution")
         shape = list(shape_of(linear))
         if shape != entry["shape"]:
             raise PackedFileError(f"{where}: {name} has shape {entry['shape']} there, but {shape} in the model")
         recipe = recipes[entry["recipe"]]
         try:
-            layer = PackedLinear(shape[1], shape[0], recipe, entry["bias"], linear.weight.device)
+            layer = packed_kind(linear).outline(linear, recipe, entry["bias"])
         except ValueError as error:
             raise PackedFileError(f"{where}: {name}: {error}") from None
+        ours, theirs = convolution_of(layer).get("convolution"), entry.get("convolution")
+        if ours != theirs:
+            raise PackedFileError(f"{where}: {name} has the convolution {theirs!r} there, but {ours!r} in the model")
         if (layer.rotation, layer.weight_zero_point) != (entry.get("rotation"), entry["weight_zero_point"]):
             raise PackedFileError(
                 f"{where}: {name} has rotation {entry.get('rotation')!r} and zero point "

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bitbell.evaluation import logits_of
 from bitbell.evaluation.loss import device_of, evaluation_mode
 from bitbell.kernels import native
-from bitbell.layers import QuantizedLayer, TrainedLayer, quantized_layers
+from bitbell.layers import QuantConv2d, QuantizedLayer, TrainedLayer, quantized_layers
 from bitbell.packing.layers import PackedLinear, weight_step
 from bitbell.packing.model import PackedModel
 
@@ -45,10 +45,10 @@ class Verification:
 def verify(model: nn.Module, packed: nn.Module, batch: Any = None) -> Verification:
     """Compare a trained model with its packed twin; raise VerificationError, naming the layer, where they differ.
 
-    batch: token ids (B, T), or whatever the model takes as its one argument; by default random ids for a Hugging Face
-    model, and random layer inputs for others. Weight codes, steps and input codes must be equal; outputs may differ
-    by 1e-6 of the largest, logits by 1e-4. Computed by the reference kernels: the fast ones sum a rotation in another
-    order, so that an input within float rounding of a threshold may get the next code there.
+    batch: token ids (B, T), or whatever the model takes as its one argument; by default random ids, or images, for a
+    Hugging Face model, and random layer inputs for others. Weight codes, steps and input codes must be equal; outputs
+    may differ by 1e-6 of the largest, logits by 1e-4. Computed by the reference kernels: the fast ones sum a rotation
+    in another order, so that an input within float rounding of a threshold may get the next code there.
     """
     model = getattr(model, "_orig_mod", model)  # of torch.compile
     twin = packed.model if isinstance(packed, PackedModel) else packed
@@ -60,7 +60,7 @@ def verify(model: nn.Module, packed: nn.Module, batch: Any = None) -> Verificati
         )
     codes = sum(_compare_weights(name, trained[name], others[name]) for name in trained)
     if batch is None and hasattr(model, "config"):
-        batch = _random_ids(model.config)
+        batch = _random_batch(model.config)
     with evaluation_mode(model), evaluation_mode(twin), native.using(native.REFERENCE):
         inputs = _record_inputs(model, batch) if batch is not None else _random_inputs(trained)
         if missed := sorted(trained.keys() - inputs.keys()):
@@ -101,7 +101,12 @@ def _record_inputs(model: nn.Module, batch: Any) -> dict[str, Tensor]:
     return inputs
 
 
-def _random_ids(config: Any) -> Tensor:
+def _random_batch(config: Any) -> Tensor:
+    """Images for a configuration with channels and no vocabulary, else token ids."""
+    if not hasattr(config, "vocab_size") and hasattr(config, "num_channels"):
+        size = getattr(config, "image_size", 64)
+        shape = (size, size) if isinstance(size, int) else tuple(size)
+        return torch.randn(2, config.num_channels, *shape, generator=torch.Generator().manual_seed(0))
     length = min(64, getattr(config, "max_position_embeddings", None) or 64)
     return torch.randint(0, config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
 
@@ -109,9 +114,18 @@ def _random_ids(config: Any) -> Tensor:
 def _random_inputs(layers: dict[str, TrainedLayer]) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     return {
-        name: torch.randn(16, layer.in_features, generator=generator).to(layer.weight.device)
+        name: torch.randn(16, *_input_shape(layer), generator=generator).to(layer.weight.device)
         for name, layer in layers.items()
     }
+
+
+def _input_shape(layer: TrainedLayer) -> tuple[int, ...]:
+    if not isinstance(layer, QuantConv2d):
+        return (layer.in_features,)
+    geometry = layer.geometry
+    (left, right, top, bottom), spans = geometry.zeros, geometry.spans
+    height, width = max(spans[0] - top - bottom, 1) + 4, max(spans[1] - left - right, 1) + 5
+    return geometry.in_channels, height, width
 
 
 def _compare_outputs(name: str, layer: TrainedLayer, packed: PackedLinear, x: Tensor) -> float:
@@ -134,7 +148,7 @@ def _difference(expected: Tensor, got: Tensor) -> float:
 
 def _encode(layer: QuantizedLayer, x: Tensor) -> Tensor:
     assert layer.activation_quantizer is not None
-    return layer.activation_quantizer.encode(x)
+    return layer.activation_quantizer.encode(layer.quantizer_input(x))
 
 
 def _compare_logits(model: nn.Module, twin: nn.Module, batch: Any) -> float | None:

@@ -164,7 +164,8 @@ def beta_at(step: int, *, steps: int, start: float, last: float) -> float | None
 
 @dataclass(frozen=True)
 class _Weight:
-    """A weight as its quantizer sees it, (rows, columns): views of value and gradient, a copy, and eps of its rows."""
+    """A weight as its quantizer sees it, rows first and what is rotated last (of a convolution the channels): views of
+    value and gradient, a copy, and eps of its rows."""
 
     value: Tensor
     gradient: Tensor
@@ -176,9 +177,9 @@ class _Weight:
     def of(cls, layer: TrainedLayer, bins: float) -> _Weight:
         """Of a layer with a gradient; `bins`: eps in bin widths."""
         parameter: Any = layer.weight
-        lies_in_rows = isinstance(layer, nn.Linear)  # GPT-2's Conv1D stores columns
-        value, gradient = (t if lies_in_rows else t.T for t in (parameter.detach(), parameter.grad))
-        eps = (bins * layer.weight_quantizer.bin_width(value)).to(value.dtype)
+        value, gradient = layer.in_rows(parameter.detach()), layer.in_rows(parameter.grad)
+        eps = (bins * layer.weight_quantizer.bin_width(layer.matrix)).to(value.dtype)
+        eps = eps.reshape(-1, *[1] * (value.dim() - 1))
         return cls(value, gradient, value.clone(), eps, layer.weight_quantizer.rotation)
 
 
