@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -695,3 +696,20 @@ def test_a_model_in_bfloat16_keeps_scales_and_statistics_in_float32(kind: str) -
     narrow, wide = build(kind).to(torch.bfloat16), build(kind).to(torch.float64)
     for q, dtype in ((narrow, torch.float32), (wide, torch.float64)):
         assert {t.dtype for t in q.state_dict().values()} == {dtype, torch.bool}
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.endswith("running")])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_changes_nothing(kind: str, reentrant: bool) -> None:
+    plain, checkpointed = calibrated(kind).train(), calibrated(kind).train()
+    results = []
+    for q in (plain, checkpointed):
+        x = (3 * random_input(3)).requires_grad_()
+        y = q(x) if q is plain else torch.utils.checkpoint.checkpoint(q, x, use_reentrant=reentrant)
+        y.square().sum().backward()
+        results.append((y.detach(), x.grad))
+    assert all(map(torch.equal, *results))
+    assert any(
+        not torch.equal(t, before) for t, before in zip(plain.buffers(), calibrated(kind).buffers(), strict=True)
+    )
+    assert all(map(torch.equal, plain.state_dict().values(), checkpointed.state_dict().values()))

@@ -267,6 +267,12 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def is_recomputing() -> bool:
+    """Whether a backward pass runs a forward pass again, as gradient checkpointing does: statistics have moved by then.
+    The compiler's own recomputation changes no buffer twice."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 def sum_to(x: Tensor, like: Tensor) -> Tensor:
     """Sum `x` over whatever was broadcast, so that it takes the shape of `like`."""
     return x.sum_to_size(like.shape)

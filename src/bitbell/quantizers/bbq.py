@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from bitbell.kernels import ROTATION_BLOCK, product_dtype, rotate, rotate_gradient
 from bitbell.kernels.training import computes
-from bitbell.quantizers.base import Quantized, Quantizer, sum_to, wide
+from bitbell.quantizers.base import Quantized, Quantizer, is_recomputing, sum_to, wide
 from bitbell.quantizers.fused_bbq import FusedBellBox
 from bitbell.quantizers.ranks import ALONE, Ranks, mean_over
 from bitbell.quantizers.steps import BELL_SCALE, OPTIMAL_CLIP, RUNNING_DECAY, SMALLEST_SIZE
@@ -149,6 +149,8 @@ class BBQ(Quantizer):
 
     def _update_running_statistics(self, inverse_rms: Tensor) -> None:
         """An average step, but for a batch that says nothing: empty, all zero (1/RMS would be 1e8), or not finite."""
+        if is_recomputing():
+            return
         running = self.running_inverse_rms
         usable = (inverse_rms > 0) & (inverse_rms < 1 / SMALLEST_SIZE)
         running.lerp_(torch.where(usable, inverse_rms.to(running.dtype), running), 1 - RUNNING_DECAY)

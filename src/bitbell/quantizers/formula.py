@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from bitbell.kernels import product_dtype, rotate, rotate_gradient
-from bitbell.quantizers.base import Quantized, Quantizer, wide
+from bitbell.quantizers.base import Quantized, Quantizer, is_recomputing, wide
 from bitbell.quantizers.steps import RUNNING_DECAY, size_of
 
 
@@ -94,6 +94,8 @@ class FormulaQuantizer(Quantizer):
     @torch.no_grad()
     def _update_running_size(self, size: Tensor) -> None:
         """An average step, but for a batch that says nothing: all zero, or not finite."""
+        if is_recomputing():
+            return
         running = self.running_size
         usable = torch.isfinite(size) & (size > 1e-7)
         running.lerp_(torch.where(usable, size.to(running.dtype), running), 1 - RUNNING_DECAY)
