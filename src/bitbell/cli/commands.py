@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -62,7 +63,8 @@ def train(config: TrainConfig) -> int:
     from bitbell.training import train as run
 
     result = run(config)
-    print(result.run)
+    if os.environ.get("RANK", "0") == "0":  # the first of the processes that torchrun started
+        print(result.run)
     return 0 if result.status == "finished" or result.step == config.stop_after else 130
 
 

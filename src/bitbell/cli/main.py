@@ -79,7 +79,9 @@ def _run(verb: str, arguments: list[str]) -> int:
     except (ValueError, OSError, RuntimeError, AssertionError, ImportError) as error:
         if not _is_for_the_user(error) or os.environ.get("BITBELL_DEBUG"):
             raise
-        print(f"bitbell {verb}: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")  # of this process, under torchrun
+        if rank == "0" or type(error).__name__ not in ("RankFailed", "TrainingDiverged"):  # the first says it for all
+            print(f"bitbell {verb}{f' (process {rank})' * (rank != '0')}: {error}", file=sys.stderr)
         return 1
     return int(status or 0)
 
@@ -88,4 +90,4 @@ def _is_for_the_user(error: Exception) -> bool:
     """Whether the message alone says what to do. BITBELL_DEBUG=1 shows every traceback."""
     if isinstance(error, (ValueError, OSError)):
         return True
-    return type(error).__name__ in ("TrainingDiverged", "VerificationError")
+    return type(error).__name__ in ("TrainingDiverged", "VerificationError", "RankFailed")

@@ -22,6 +22,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,8 +170,11 @@ def _load_parts(path: Path, state: dict[str, Any], model: nn.Module, optimizer: 
             raise CheckpointError(f"{path}: the moments of {name} are missing")
         for key in keys:
             wanted[f"{name}:{key}"] = torch.zeros(()) if key == "step" else torch.empty_like(parameter.detach())
+    alone = not is_sharded(model)
     try:
-        sharded.load(wanted, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=not is_sharded(model))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is (disabled|unavailable)", UserWarning)
+            sharded.load(wanted, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=alone)
     except Exception as error:  # of several kinds, some of them gathered from other processes
         raise CheckpointError(f"{path} cannot be read: {error}") from None
     model.load_state_dict({name: wanted[name] for name in own})
