@@ -32,7 +32,7 @@ SLOPES = ("identity", "window", "bell")
 RELATIVE = ("one", "scale", "inverse")
 SCALE_GRADIENTS = ("none", "level", "error", "sign")
 OFFSET_GRADIENTS = ("none", "all", "outside")
-LARGEST_ROTATION, SMALLEST_ROTATION = 128, 16  # that the Triton kernels have
+LARGEST_ROTATION = 128  # that the Triton kernels have
 
 
 class Plan(NamedTuple):
@@ -119,7 +119,7 @@ def serves(plan: Plan | None, x: Tensor) -> bool:
     """Whether the Triton kernels quantize `x` by this plan."""
     if plan is None or x.dtype == torch.float64 or not triton.computes(x):
         return False
-    return plan.rotation == 1 or SMALLEST_ROTATION <= plan.rotation <= LARGEST_ROTATION
+    return plan.rotation <= LARGEST_ROTATION
 
 
 # Operators ------------------------------------------------------------------------------------------------------------

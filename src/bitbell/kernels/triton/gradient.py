@@ -32,15 +32,15 @@ def load_pair(
     window_low,
     window_high,
     ROTATION: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """A tile of g and of v = (rotate(x) - shift) * inverse, whether v is inside the window, and where the tile is."""
-    NORM: tl.constexpr = ROTATION**-0.5
     is_here = is_row[:, None] & (column < last)
     place = row.to(tl.int64)[:, None] * columns + column
     x = tl.load(x_ptr + place, mask=is_here, other=0.0)
     g = tl.load(g_ptr + place, mask=is_here, other=0.0).to(tl.float32)
     if ROTATION > 1:
-        h = rotate_tile(x, matrix, NORM)
+        h = rotate_tile(x, matrix, ROTATION, TILE)
     else:
         h = x.to(tl.float32)
     v = (h - shift[:, None]) * inverse[:, None]
@@ -145,7 +145,6 @@ def gradient_kernel(
     RADIAL "none": one pass does both. "row": a first pass over the row sums, a second one writes. "sum": only sums,
     u v among them. "given": only writes, with mean(u v) at along_ptr. Without grad_ptr nothing is written but sums.
     """
-    NORM: tl.constexpr = ROTATION**-0.5
     entry = tl.arange(0, TILE)
     row = tl.program_id(0) * (TILE // SPAN) + entry // SPAN
     in_row = entry[:, None] % SPAN * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -179,7 +178,7 @@ def gradient_kernel(
         for start in range(first, last, SPAN * BLOCK):
             g, v, inside, place, is_here = load_pair(
                 g_ptr, x_ptr, matrix, row, is_row, start + in_row, last, columns, inverse, shift,
-                window_low, window_high, ROTATION,
+                window_low, window_high, ROTATION, TILE,
             )  # fmt: skip
             radial += tl.sum(passed_on(g, v, inside, factor, bell_factor, SLOPE) * v, axis=1)
             to_scale, to_offset = add_sums(
@@ -192,7 +191,7 @@ def gradient_kernel(
         for start in range(first, last, SPAN * BLOCK):
             g, v, inside, place, is_here = load_pair(
                 g_ptr, x_ptr, matrix, row, is_row, start + in_row, last, columns, inverse, shift,
-                window_low, window_high, ROTATION,
+                window_low, window_high, ROTATION, TILE,
             )  # fmt: skip
             if RADIAL == "none":
                 to_scale, to_offset = add_sums(
@@ -204,7 +203,7 @@ def gradient_kernel(
                 if RADIAL != "none":
                     u -= v * along[:, None]
                 if ROTATION > 1:
-                    u = rotate_tile(u.to(NARROW), matrix, NORM)
+                    u = rotate_tile(u.to(NARROW), matrix, ROTATION, TILE)
                 tl.store(grad_ptr + place, u.to(grad_ptr.dtype.element_ty), mask=is_here)
     if RADIAL != "given":
         here = (row * chunks + tl.program_id(1)) * SPAN + entry % SPAN

@@ -1,7 +1,7 @@
 """Launches of the quantizers' kernels: tensors and a plan in, tensors out. Imports Triton.
 
 How many programs: a multiprocessor of an H200 keeps 4.8 TB/s / 132 busy with about 25 KB on the way, which is two
-tiles, and four programs of four warps fit into it. So there should be at least 4 x 132 programs, and from there on each
+tiles, and three or four programs of eight warps fit into it. So there should be at least 4 x 132 programs, and from there on each
 should take several tiles, since it reads the rotation's matrix (32 KB, two tiles) from the cache first. A row that is
 measured belongs to one program; where the size is given, rows are cut into ranges of columns too.
 """
@@ -21,9 +21,10 @@ from bitbell.kernels.triton.gradient import gradient_kernel
 from bitbell.kernels.triton.quantize import measure_kernel, quantize_kernel
 
 TILE, BLOCK = 64, 128  # entries and columns of a tile
+GRADIENT_TILE = 32  # entries; of 64, the gradient's tensors would not fit into registers
 PROGRAMS = 4 * 132
 MOST_TILES = 16  # of a program whose rows are cut
-WARPS = 4
+WARPS = 8
 MOST_PARTIALS = 512  # programs of a measurement of everything
 NARROW = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -36,16 +37,16 @@ class Tiling(NamedTuple):
     grid: tuple[int, int]
 
     @classmethod
-    def of(cls, rows: int, columns: int, whole_rows: bool) -> Tiling:
+    def of(cls, rows: int, columns: int, tile: int, whole_rows: bool) -> Tiling:
         blocks = -(-columns // BLOCK)
-        widest = min(_power_of_two(blocks), TILE)
+        widest = min(_power_of_two(blocks), tile)
         if whole_rows:
-            span = min(_power_of_two(-(-PROGRAMS * TILE // rows)), widest)
-            return cls(span, columns, (-(-rows * span // TILE), 1))
+            span = min(_power_of_two(-(-PROGRAMS * tile // rows)), widest)
+            return cls(span, columns, (-(-rows * span // tile), 1))
         span = min(4, widest)
-        tiles = -(-rows * span // TILE) * -(-blocks // span)
+        tiles = -(-rows * span // tile) * -(-blocks // span)
         chunk = min(max(tiles // PROGRAMS, 1), MOST_TILES) * span * BLOCK
-        return cls(span, chunk, (-(-rows * span // TILE), -(-columns // chunk)))
+        return cls(span, chunk, (-(-rows * span // tile), -(-columns // chunk)))
 
 
 def _power_of_two(at_least: int) -> int:
@@ -74,7 +75,7 @@ def quantize(
     base = (scale if size is None else size) if given else None
     measured = torch.empty(size_shape, dtype=torch.float32, device=x.device)
     step = _known_step(plan, scale, base, step_shape) if given else measured.new_empty(step_shape)
-    tiling = Tiling.of(rows, columns, whole_rows=not given and plan.by_row)
+    tiling = Tiling.of(rows, columns, TILE, whole_rows=not given and plan.by_row)
     partials = None if given or plan.by_row else _measure(plan, x)
     with torch.cuda.device_of(x):
         quantize_kernel[tiling.grid](
@@ -109,7 +110,7 @@ def gradient(
     columns = x.shape[-1]
     rows = x.numel() // columns
     radial = "none" if not plan.radial or not wants_x else "row" if plan.by_row else "sum"
-    tiling = Tiling.of(rows, columns, whole_rows=radial == "row")
+    tiling = Tiling.of(rows, columns, GRADIENT_TILE, whole_rows=radial == "row")
     sums = torch.empty((3, rows, tiling.grid[1] * tiling.span), dtype=torch.float32, device=x.device)
     grad = torch.empty_like(x) if wants_x else None
     base = scale if size is None else size
@@ -127,8 +128,8 @@ def gradient(
                 SLOPE=plan.slope, RELATIVE=plan.relative, RADIAL=part,
                 SCALE_GRADIENT="none" if scale is None else plan.scale_gradient,
                 OFFSET_GRADIENT="none" if offset is None else plan.offset_gradient,
-                NARROW=NARROW.get(narrow, tl.float32), TILE=TILE, SPAN=tiling.span,
-                BLOCK=BLOCK, num_warps=WARPS,
+                NARROW=NARROW.get(narrow, tl.float32), TILE=GRADIENT_TILE, SPAN=tiling.span,
+                BLOCK=BLOCK, num_warps=WARPS, num_stages=2,
             )  # fmt: skip
             if part == "sum":
                 along = sums[2].sum() / x.numel()

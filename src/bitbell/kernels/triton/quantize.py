@@ -6,9 +6,10 @@
 Bytes of an element, for bfloat16 x: quantize reads 2 (each row twice, the second time from the cache) and writes 1
 (codes) or bits/8 (packed); a statistic of the whole tensor reads 2 more. Steps and partial sums are a percent.
 
-Operations: the rotation multiplies by a matrix of +-1, exact in bfloat16, 256 operations an element on tensor cores,
-which add in float32; 1/sqrt(block) comes after. A float32 x is the exact sum of three bfloat16 numbers, and costs three
-such products. Up to 4 bits, thresholds are compared with as a tree: 4 comparisons for 15 thresholds.
+Operations: an H200 has 20 a element to spend beside memory. Of 16-bit x, the rotation is a product with a matrix of +-1
+on tensor cores, 256 operations an element of theirs, a third of what they do; of float32 x, it is butterflies, 15
+instructions an element, of which 7 are sums. Up to 4 bits, thresholds are compared with as a tree: 4 comparisons for 15
+thresholds.
 
 Tiles are 64 x 128, which is what Hopper's tensor cores take at once with the matrix in shared memory: 128 columns,
 since rotation blocks are powers of two up to 128, so that one block-diagonal matrix serves them all; and 64 entries,
@@ -48,7 +49,6 @@ def measure_kernel(
 ):
     """Partial sums (or maxima) over x, which is seen as rows of 128; one a program."""
     ROTATED: tl.constexpr = (ROTATION > 1) and (STATISTIC != "rms")  # a rotation changes no sum of squares
-    NORM: tl.constexpr = ROTATION**-0.5
     total = tl.zeros((TILE, BLOCK), tl.float32)
     place = tl.arange(0, TILE)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     if ROTATED:
@@ -57,7 +57,7 @@ def measure_kernel(
     for start in range(tl.program_id(0).to(tl.int64) * (TILE * BLOCK), count, stride):
         x = tl.load(x_ptr + start + place, mask=start + place < count, other=0.0)
         if ROTATED:
-            h = rotate_tile(x, matrix, NORM)
+            h = rotate_tile(x, matrix, ROTATION, TILE)
         else:
             h = x.to(tl.float32)
         if STATISTIC == "rms":
@@ -89,7 +89,6 @@ def measure_rows(
 ):
     """The statistic of each entry's row, (TILE,) float32, with NaN and infinity in it."""
     ROTATED: tl.constexpr = (ROTATION > 1) and (STATISTIC != "rms")
-    NORM: tl.constexpr = ROTATION**-0.5
     total = tl.zeros((TILE, BLOCK), tl.float32)
     if ROTATED:
         matrix = load_matrix(matrix_ptr, BLOCK)
@@ -98,7 +97,7 @@ def measure_rows(
         is_here = is_row[:, None] & (column < columns)
         x = tl.load(x_ptr + row.to(tl.int64)[:, None] * columns + column, mask=is_here, other=0.0)
         if ROTATED:
-            h = rotate_tile(x, matrix, NORM)
+            h = rotate_tile(x, matrix, ROTATION, TILE)
         else:
             h = x.to(tl.float32)
         if STATISTIC == "rms":
@@ -163,7 +162,6 @@ def quantize_kernel(
 
     Where the size is given, so is the step, and only NaN is written over it. *_ROWS: whether there is one a row.
     """
-    NORM: tl.constexpr = ROTATION**-0.5
     entry = tl.arange(0, TILE)
     row = tl.program_id(0) * (TILE // SPAN) + entry // SPAN
     offset_in_row = entry % SPAN * BLOCK
@@ -212,7 +210,7 @@ def quantize_kernel(
         place = row.to(tl.int64)[:, None] * columns + column
         x = tl.load(x_ptr + place, mask=is_here, other=0.0)
         if ROTATION > 1:
-            h = rotate_tile(x, matrix, NORM)
+            h = rotate_tile(x, matrix, ROTATION, TILE)
         else:
             h = x.to(tl.float32)
         if STATISTIC == "given":

@@ -11,33 +11,45 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
-def rotate_tile(x, matrix, NORM: tl.constexpr):
-    """A tile (rows, 128) times the block-diagonal matrix of +-1 (bfloat16), times NORM; float32."""
+def rotate_tile(x, matrix, ROTATION: tl.constexpr, TILE: tl.constexpr):
+    """A tile (TILE, 128) rotated in blocks of ROTATION; float32.
+
+    16 bits: a product with the matrix of +-1, whose products are exact, added in float32. float32: butterflies, each
+    sum rounded once; tensor cores would need three products for its 24 bits.
+    """
     if x.dtype == tl.float32:
-        high = x.to(tl.bfloat16)
-        rest = x - high.to(tl.float32)
-        middle = rest.to(tl.bfloat16)
-        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
-        h = exact_dot(low, matrix, None)
-        h = exact_dot(middle, matrix, h)
-        h = exact_dot(high, matrix, h)
+        h = butterflies(x, ROTATION, TILE)
+    elif INTERPRETED:  # it multiplies the bits of bfloat16 as if they were integers
+        h = tl.dot(x.to(tl.float32), matrix.to(tl.float32), input_precision="ieee")
     else:
-        h = exact_dot(x, matrix.to(x.dtype), None)
-    return h * NORM
+        h = tl.dot(x, matrix.to(x.dtype))
+    return h * ROTATION**-0.5
 
 
 @triton.jit
-def exact_dot(a, b, total):
-    """a @ b + total for operands of 16 bits, whose products are exact, added in float32."""
-    if INTERPRETED:  # multiplies the bits of bfloat16 as if they were integers
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-        product = tl.dot(a, b, input_precision="ieee")
-        return product if total is None else product + total
-    elif total is None:
-        return tl.dot(a, b)
-    else:
-        return tl.dot(a, b, total)
+def butterflies(x, ROTATION: tl.constexpr, TILE: tl.constexpr):
+    """Sums and differences of a tile (TILE, 128) at distances 1, 2, .. ROTATION / 2.
+
+    A step takes pairs that lie together and puts sums before differences, which turns the places of a group around by a
+    bit; after as many steps as a group has bits, they are back. Groups of 16 first, then, moved together, what lies 16
+    apart: so many are in one thread's registers at a time.
+    """
+    INNER: tl.constexpr = 16 if ROTATION >= 16 else ROTATION
+    OUTER: tl.constexpr = ROTATION // INNER
+    GROUPS: tl.constexpr = TILE * 128 // ROTATION
+    y = tl.reshape(x, (GROUPS, OUTER, INNER))
+    for i in tl.static_range(4):
+        if 2**i < INNER:
+            a, b = tl.split(tl.reshape(y, (GROUPS, OUTER, INNER // 2, 2)))
+            y = tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 1, 3, 2)), (GROUPS, OUTER, INNER))
+    if OUTER > 1:
+        y = tl.permute(y, (0, 2, 1))
+        for i in tl.static_range(3):
+            if 2**i < OUTER:
+                a, b = tl.split(tl.reshape(y, (GROUPS, INNER, OUTER // 2, 2)))
+                y = tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 1, 3, 2)), (GROUPS, INNER, OUTER))
+        y = tl.permute(y, (0, 2, 1))
+    return tl.reshape(y, (TILE, 128))
 
 
 @triton.jit
