@@ -25,7 +25,7 @@ def compare_bits(request: pytest.FixtureRequest) -> None:
         request.getfixturevalue("reference_kernels")
 
 
-def llama(recipe: Any, **fields: Any) -> Any:
+def llama(recipe: Any, integer_forward: bool = False, **fields: Any) -> Any:
     """A LLaMA of a few thousand weights, quantized and calibrated, in evaluation mode."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -34,7 +34,8 @@ def llama(recipe: Any, **fields: Any) -> Any:
     settings |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "tie_word_embeddings": False}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = bitbell.quantize(LlamaForCausalLM(LlamaConfig(**(settings | fields))), recipe)
+        model = LlamaForCausalLM(LlamaConfig(**(settings | fields)))
+        bitbell.quantize(model, recipe, integer_forward=integer_forward)
         bitbell.calibrate(model, torch.randint(0, model.config.vocab_size, (4, 16)))
     return model.eval()
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bitbell.kernels import native
 from bitbell.kernels.operators import integer_product, rotate
+from bitbell.kernels.planes import scaled_integer_product
 from bitbell.kernels.thresholds import bell_codes, bell_thresholds
 
 ROW_BLOCK = 256  # rows whose sums stay in a cache until they are outputs
@@ -39,12 +40,20 @@ def _has_kernels() -> bool:
 
 @torch.library.custom_op("bitbell::integer_linear", mutates_args=())
 def integer_linear(
-    x: Tensor, w: Tensor, x_step: Tensor, w_step: Tensor, x_zero: float, w_zero: float, dtype: torch.dtype
+    x: Tensor,
+    w: Tensor,
+    x_step: Tensor,
+    w_step: Tensor,
+    x_zero: float,
+    w_zero: float,
+    dtype: torch.dtype,
+    x_bits: int = 8,
+    w_bits: int = 8,
 ) -> Tensor:
     """(codes_x - z_x) . (codes_w - z_w)^T * step_w * step_x, (..., N) in `dtype`, for codes int8 (..., K), (N, K).
 
-    Codes are centred. The sum over K is exact in int32, and so is what zero points add to it; only the two steps and
-    `dtype` round. x_step: (..., 1) or (1,); w_step: (N, 1) or (1,). K must be below 2**17.
+    Codes are centred, of x_bits and w_bits. The sum over K is exact in int32, and so is what zero points add to it;
+    only the two steps and `dtype` round. x_step: (..., 1) or (1,); w_step: (N, 1) or (1,). K must be below 2**17.
     """
     columns = x.shape[-1]
     codes = x.reshape(-1, columns)
@@ -54,12 +63,50 @@ def integer_linear(
 
 
 @integer_linear.register_fake
-def _(x: Tensor, w: Tensor, x_step: Tensor, w_step: Tensor, x_zero: float, w_zero: float, dtype: torch.dtype) -> Tensor:
+def _(
+    x: Tensor,
+    w: Tensor,
+    x_step: Tensor,
+    w_step: Tensor,
+    x_zero: float,
+    w_zero: float,
+    dtype: torch.dtype,
+    x_bits: int = 8,
+    w_bits: int = 8,
+) -> Tensor:
     return x.new_empty((*x.shape[:-1], w.shape[0]), dtype=dtype)
 
 
+@integer_linear.register_kernel("cuda")
+def _(
+    x: Tensor,
+    w: Tensor,
+    x_step: Tensor,
+    w_step: Tensor,
+    x_zero: float,
+    w_zero: float,
+    dtype: torch.dtype,
+    x_bits: int = 8,
+    w_bits: int = 8,
+) -> Tensor:
+    if x_step.dtype == torch.float64:
+        return integer_linear._init_fn(x, w, x_step, w_step, x_zero, w_zero, dtype)
+    codes, how = x.reshape(-1, x.shape[-1]), (x_zero, w_zero, dtype, x_bits, w_bits)
+    return scaled_integer_product(codes, w, x_step, w_step, *how).view(*x.shape[:-1], w.shape[0])
+
+
 @integer_linear.register_kernel("cpu")
-def _(x: Tensor, w: Tensor, x_step: Tensor, w_step: Tensor, x_zero: float, w_zero: float, dtype: torch.dtype) -> Tensor:
+def _(
+    x: Tensor,
+    w: Tensor,
+    x_step: Tensor,
+    w_step: Tensor,
+    x_zero: float,
+    w_zero: float,
+    dtype: torch.dtype,
+    x_bits: int = 8,
+    w_bits: int = 8,
+) -> Tensor:
     if not computes(x_step, w_step) or dtype not in TYPES or not x.numel() or not w.numel():
         return integer_linear._init_fn(x, w, x_step, w_step, x_zero, w_zero, dtype)
     x, w = x.contiguous(), w.contiguous()

@@ -155,7 +155,8 @@ class TrainedLayer(QuantizedLayer, nn.Module):
         else:
             a = self.quantize_input(x)
             grids = grid_of(self.activation_quantizer), grid_of(self.weight_quantizer)
-            y = integer_linear(a, w, *grids, dtype, self.integer_forward)
+            bits = (self.activation_quantizer.bits, self.weight_quantizer.bits) if self.integer_forward else None
+            y = integer_linear(a, w, *grids, dtype, bits)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def multiply_integers(self) -> None:

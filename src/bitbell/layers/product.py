@@ -6,7 +6,7 @@
 Fake quantization multiplies levels as floats. Levels are small integers or half-integers, so float32 multiplies and
 sums them exactly, and only the two steps round. Under bfloat16 autocast the operands are exact too, but the sum is
 rounded to bfloat16 before the steps. A method whose grid is not uniform has its levels looked up in a table; their
-products are as exact as the table's numbers allow. With `on_integers` the codes themselves are multiplied, int8 with
+products are as exact as the table's numbers allow. With `bits` the codes themselves are multiplied, int8 with
 sums in int32, exactly in every precision (`bitbell.kernels.training.integer_linear`). Either way codes (one byte an
 element) are kept for the backward pass instead of float tensors, and gradients are products of floats.
 """
@@ -24,6 +24,7 @@ from bitbell.quantizers import Quantized, Quantizer
 from bitbell.quantizers.base import table_like
 
 Grid = tuple[float, tuple[float, ...] | None]
+Bits = tuple[int, int]
 Operand = tuple[Tensor, Tensor, Tensor | None, Grid]  # codes, step, offset, and what codes mean
 
 
@@ -42,12 +43,12 @@ def levels_of(codes: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
 
 
 def integer_linear(
-    x: Quantized, w: Quantized, x_grid: Grid, w_grid: Grid, dtype: torch.dtype, on_integers: bool = False
+    x: Quantized, w: Quantized, x_grid: Grid, w_grid: Grid, dtype: torch.dtype, bits: Bits | None = None
 ) -> Tensor:
     """Multiply quantized `x` (..., I) by quantized `w` (O, I) transposed: (..., O) in `dtype`, differentiable in both
-    values."""
+    values. bits: of the codes of x and w, to multiply them as integers; None: levels as floats."""
     operands = x.values, w.values, x.codes, w.codes, x.step, w.step, x.offset, w.offset
-    return _IntegerLinear.apply(*operands, x_grid, w_grid, dtype, on_integers)
+    return _IntegerLinear.apply(*operands, x_grid, w_grid, dtype, bits)
 
 
 def add_offsets(
@@ -87,14 +88,14 @@ class _IntegerLinear(torch.autograd.Function):
         x_grid: Grid,
         w_grid: Grid,
         dtype: torch.dtype,
-        on_integers: bool,
+        bits: Bits | None,
     ) -> Tensor:
         ctx.save_for_backward(x_codes, w_codes, x_step, w_step, x_offset, w_offset)
         ctx.x_grid, ctx.w_grid, ctx.dtype = x_grid, w_grid, dtype
         ctx.x_dtype, ctx.w_dtype = x_values.dtype, w_values.dtype
         x, w = (x_codes, x_step, x_offset, x_grid), (w_codes, w_step, w_offset, w_grid)
         with no_autocast(x_codes.device):
-            return (_multiply_codes if on_integers else _multiply_levels)(x, w, dtype)
+            return _multiply_levels(x, w, dtype) if bits is None else _multiply_codes(x, w, dtype, bits)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -122,13 +123,13 @@ def _multiply_levels(x: Operand, w: Operand, dtype: torch.dtype) -> Tensor:
     return y.to(dtype)
 
 
-def _multiply_codes(x: Operand, w: Operand, dtype: torch.dtype) -> Tensor:
+def _multiply_codes(x: Operand, w: Operand, dtype: torch.dtype, bits: Bits) -> Tensor:
     """In integers."""
     (x_codes, x_step, x_offset, (x_zero, _)), (w_codes, w_step, w_offset, (w_zero, _)) = x, w
     if x_offset is None and w_offset is None:
-        return kernels.integer_linear(x_codes, w_codes, x_step, w_step, x_zero, w_zero, dtype)
+        return kernels.integer_linear(x_codes, w_codes, x_step, w_step, x_zero, w_zero, dtype, *bits)
     wide, columns = torch.promote_types(x_step.dtype, torch.float32), x_codes.shape[-1]
-    y = kernels.integer_linear(x_codes, w_codes, x_step, w_step, x_zero, w_zero, wide)
+    y = kernels.integer_linear(x_codes, w_codes, x_step, w_step, x_zero, w_zero, wide, *bits)
     x_sums = x_codes.sum(-1, keepdim=True, dtype=torch.int32) - columns * x_zero
     w_sums = w_codes.sum(-1, dtype=torch.int32) - columns * w_zero
     return add_offsets(y, x_sums.to(wide), w_sums.to(wide), (x_step, x_offset), (w_step, w_offset), columns).to(dtype)
