@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from bitbell.models import PRESETS, build_model, find_preset, preset_config
+from bitbell.models import IMAGE_PRESETS, PRESETS, build_model, find_preset, preset_config
 
 PUBLISHED = {"30m": 30_482_560, "50m": 49_556_736, "100m": 102_777_856, "200m": 203_188_480}
 EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "wpe")
@@ -117,4 +117,4 @@ def test_an_unknown_preset_is_refused_with_a_suggestion(name: str, hint: str) ->
     for use in (find_preset, build_model, preset_config):
         with pytest.raises(ValueError) as caught:
             use(name)
-        assert str(caught.value) == f"unknown preset {name!r}; there are {', '.join(PRESETS)}.{hint}"
+        assert str(caught.value) == f"unknown preset {name!r}; there are {', '.join([*PRESETS, *IMAGE_PRESETS])}.{hint}"

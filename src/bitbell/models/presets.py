@@ -3,7 +3,7 @@
 The sizes are those of the BBQ and QuEST papers (non-embedding parameters; head dimension 128, untied head) and a
 `tiny` one that trains in minutes on two CPU cores. `gpt-` presets are the papers' GPT (LayerNorm, learned positions, a
 GELU MLP of 4 widths) in the depths, widths and training settings of the LLaMA sizes. The papers' models have no biases;
-GPT-2 of `transformers` has them, starting at zero, in its linear layers and norms.
+GPT-2 of `transformers` has them, starting at zero, in its linear layers and norms. `images.py` has image classifiers.
 """
 
 from __future__ import annotations
@@ -13,7 +13,11 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from bitbell.models.images import IMAGE_PRESETS, ImagePreset, build_image_model, image_config
+
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import nn
 
 # Architecture -> its model class in `transformers`.
@@ -54,18 +58,32 @@ PRESETS |= {
 }
 
 
-def find_preset(name: str) -> Preset:
+def find_preset(name: str) -> Preset | ImagePreset:
     """The preset called `name`. Raises ValueError with a suggestion for an unknown one."""
-    if name not in PRESETS:
-        close = difflib.get_close_matches(name.lower(), PRESETS, n=1)
+    presets: dict[str, Preset | ImagePreset] = {**PRESETS, **IMAGE_PRESETS}
+    if name not in presets:
+        close = difflib.get_close_matches(name.lower(), presets, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}.{hint}")
-    return PRESETS[name]
+        raise ValueError(f"unknown preset {name!r}; there are {', '.join(presets)}.{hint}")
+    return presets[name]
 
 
-def preset_config(name: str, *, vocab_size: int | None = None, sequence_length: int = 512) -> Any:
-    """The `transformers.LlamaConfig` or `GPT2Config` of a preset; `vocab_size` defaults to the preset's own."""
+def preset_config(
+    name: str,
+    *,
+    vocab_size: int | None = None,
+    sequence_length: int = 512,
+    labels: Sequence[str] | int = 1000,
+    image_size: int | None = None,
+    channels: int = 3,
+) -> Any:
+    """The `transformers` configuration of a preset; `vocab_size` and `image_size` default to the preset's own.
+
+    labels, image_size, channels: of image classifiers alone; classes by name, or how many.
+    """
     preset = find_preset(name)
+    if isinstance(preset, ImagePreset):
+        return image_config(preset, labels=_names(labels), image_size=image_size, channels=channels)
     common: dict[str, Any] = {
         "vocab_size": vocab_size or preset.vocabulary,
         "tie_word_embeddings": False,
@@ -109,20 +127,37 @@ def _gpt_config(preset: Preset, sequence_length: int, common: dict[str, Any]) ->
     )
 
 
-def build_model(name: str, *, vocab_size: int | None = None, sequence_length: int = 512, seed: int = 0) -> nn.Module:
-    """A randomly initialised causal language model of a preset: N(0, 0.02), outputs of a block N(0, 0.02 / sqrt(2
-    layers)).
+def _names(labels: Sequence[str] | int) -> Sequence[str]:
+    return [f"class {index}" for index in range(labels)] if isinstance(labels, int) else labels
 
-    A GPT has exactly `sequence_length` positions. The same seed gives the same weights. Source: BBQ's published
-    training code.
+
+def build_model(
+    name: str,
+    *,
+    vocab_size: int | None = None,
+    sequence_length: int = 512,
+    seed: int = 0,
+    labels: Sequence[str] | int = 1000,
+    image_size: int | None = None,
+    channels: int = 3,
+) -> nn.Module:
+    """A randomly initialised causal language model of a preset: N(0, 0.02), outputs of a block N(0, 0.02 / sqrt(2
+    layers)); or an image classifier, as `transformers` initialises it.
+
+    A GPT has exactly `sequence_length` positions. labels, image_size, channels: of image classifiers alone, see
+    `preset_config`. The same seed gives the same weights. Source: BBQ's published training code.
     """
     import torch
     import transformers
 
+    preset = find_preset(name)
+    if isinstance(preset, ImagePreset):
+        image = {"labels": _names(labels), "image_size": image_size, "channels": channels}
+        return build_image_model(preset, seed=seed, **image)  # type: ignore[arg-type]
     config = preset_config(name, vocab_size=vocab_size, sequence_length=sequence_length)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: nn.Module = getattr(transformers, ARCHITECTURES[find_preset(name).architecture])(config)
+        model: nn.Module = getattr(transformers, ARCHITECTURES[preset.architecture])(config)
         deep = 0.02 / math.sqrt(2 * config.num_hidden_layers)
         with torch.no_grad():
             for parameter_name, parameter in model.named_parameters():

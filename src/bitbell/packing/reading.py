@@ -103,7 +103,7 @@ def _check_entry(where: str, entry: Any, num_recipes: int) -> None:
 
 def _hugging_face_builder(folder: Path, config: dict[str, Any], num_tensors: int) -> Callable[[], nn.Module]:
     """What builds the full-precision architecture of a Hugging Face configuration; no code of the directory is run."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     where = folder / "config.json"
     if "model_type" not in config:
@@ -111,10 +111,12 @@ def _hugging_face_builder(folder: Path, config: dict[str, Any], num_tensors: int
             f"{where} has no model_type, so this was packed from a model of your own: pass an instance of its "
             "architecture, bitbell.load(directory, model=...)"
         )
-    for name in DEPTHS:
-        _check_depth(where, config.get(name, 0), num_tensors)
+    depths = config.get("depths", [])  # blocks of each stage
+    for depth in [*(config.get(name, 0) for name in DEPTHS), *(depths if isinstance(depths, list) else [depths])]:
+        _check_depth(where, depth, num_tensors)
+    automatic, names = _kind_of_model(where, config)
     try:
-        architecture = AutoConfig.for_model(str(config.get("model_type")), **_without_code(config))
+        architecture = AutoConfig.for_model(str(config.get("model_type")), **_without_code(config), **names)
         _check_depth(where, getattr(architecture, "num_hidden_layers", 0), num_tensors)
     except PackedFileError:
         raise
@@ -127,11 +129,26 @@ def _hugging_face_builder(folder: Path, config: dict[str, Any], num_tensors: int
     def build() -> nn.Module:
         try:
             with torch.random.fork_rng(devices=[]):  # its weights are replaced, so they should cost no random numbers
-                return AutoModelForCausalLM.from_config(architecture)
+                return automatic.from_config(architecture)
         except Exception as error:  # likewise
             raise PackedFileError(f"{where}: no model can be built from it: {error}") from None
 
     return build
+
+
+def _kind_of_model(where: Path, config: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """What builds the model, by its type, and the names of classes where it is an image classifier."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageClassification
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
+
+    if config["model_type"] not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES:
+        return AutoModelForCausalLM, {}
+    labels = config.get("id2label", {0: "LABEL_0", 1: "LABEL_1"})  # which transformers leaves out
+    wanted = [str(index) for index in range(len(labels))] if isinstance(labels, dict) else []
+    if not wanted or [str(key) for key in labels] != wanted or not all(isinstance(v, str) for v in labels.values()):
+        raise PackedFileError(f"{where}: id2label must name classes 0, 1, 2 ... in this order, got {str(labels)[:100]}")
+    id2label = {index: labels[key] for index, key in enumerate(labels)}
+    return AutoModelForImageClassification, {"id2label": id2label, "label2id": {v: k for k, v in id2label.items()}}
 
 
 # Beside code, transformers would fetch attention kernels by name, and make label tables of any length.
