@@ -25,7 +25,7 @@ FREE_FIELDS = frozenset(
         "keep_checkpoints",
         "entropy_every",
     }
-    | {"tensorboard", "threads", "stop_after", "device", "compile", "distributed", "low_bit_gather"}
+    | {"tensorboard", "threads", "stop_after", "device", "compile", "distributed", "reduce_every", "low_bit_gather"}
 )
 
 
@@ -124,6 +124,9 @@ class TrainConfig:
     sync_statistics: bool = True
     """Take statistics over all processes' shares of a batch. Without: each over its own, and the running averages
     are averaged once a step, which saves two short messages a quantizer."""
+    reduce_every: bool = False
+    """Under fsdp, reduce gradients after every micro-batch of a step, not once: more messages, but no process holds
+    whole gradients."""
 
     log_every: int = 10
     """Steps between lines of metrics."""
@@ -164,6 +167,8 @@ class TrainConfig:
             _check(self, name, self.fogzo or getattr(self, name) == getattr(type(self), name), "left out without fogzo")
         _check(self, "precision", self.precision in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16")
         _check(self, "distributed", self.distributed in ("ddp", "fsdp"), "ddp or fsdp")
+        whole = not self.fogzo or self.distributed == "ddp"
+        _check(self, "distributed", whole, "ddp with fogzo, which moves whole weights")
         fits = not self.low_bit_gather or self.distributed == "fsdp"
         _check(self, "low_bit_gather", fits, "left out without distributed='fsdp'")
         known = re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None

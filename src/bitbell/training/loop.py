@@ -205,7 +205,7 @@ class _Run:
             group["lr"] = rate * group["rate"]
         losses = []
         for index, tokens in enumerate(self._micro_batches(), 1):
-            with gradients_synchronised(self.forward, now=index == config.accumulation):
+            with gradients_synchronised(self.forward, now=index == config.accumulation or config.reduce_every):
                 loss = self._loss(tokens)
                 (loss / config.accumulation).backward()
             losses.append(loss.detach())
