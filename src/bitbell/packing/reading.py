@@ -141,7 +141,7 @@ def _kind_of_model(where: Path, config: dict[str, Any]) -> tuple[Any, dict[str, 
     from transformers import AutoModelForCausalLM, AutoModelForImageClassification
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
-    if config["model_type"] not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES:
+    if str(config["model_type"]) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES:
         return AutoModelForCausalLM, {}
     labels = config.get("id2label", {0: "LABEL_0", 1: "LABEL_1"})  # which transformers leaves out
     wanted = [str(index) for index in range(len(labels))] if isinstance(labels, dict) else []
