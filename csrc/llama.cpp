@@ -455,29 +455,39 @@ void Llama::store_keys(const Step& step, int64_t layer, int64_t begin, int64_t e
 }
 
 void Llama::attend(const Step& step, int64_t layer) {
-  const int64_t groups = static_cast<int64_t>(groups_.size());
+  const int64_t groups = static_cast<int64_t>(groups_.size()), items = config_.kv_heads * groups;
+  const int64_t shared = config_.heads / config_.kv_heads, scores_of_thread = group_rows_ * shared * scores_stride_;
   double bytes = 0;
   for (int64_t row = 0; row < step.rows; ++row) bytes += 8.0 * (step.position[row] + 1) * config_.heads * config_.head_dim;
-  const int64_t scores_of_thread = group_rows_ * (config_.heads / config_.kv_heads) * scores_stride_;
-  // Heads outside, so that equal ranges of items are about equal work although later rows attend to more.
-  over(threads_for(step.threads, bytes), config_.kv_heads * groups, [&](int64_t begin, int64_t end, int thread) {
+  const int threads = threads_for(step.threads, bytes);
+  // A kv head and a group of rows are an item. Where there are few, their queries are shared out too.
+  const bool even = items >= 4 * threads || (groups == step.rows && items % threads == 0);
+  const int64_t pieces = even ? 1 : std::min(round_up(4 * threads, items) / items, group_rows_ * shared);
+  // Heads outside: in decoding every thread has the same heads at each token, and finds them in its own cache.
+  over(threads, items * pieces, [&](int64_t begin, int64_t end, int thread) {
     float* scores = scores_.as<float>() + thread * scores_of_thread;
-    for (int64_t item = begin; item < end; ++item) attend_group(step, layer, groups_[item % groups], item / groups, scores);
+    for (int64_t i = begin; i < end; ++i) {
+      const Group& group = groups_[i / pieces % groups];
+      const int64_t queries = group.count * shared, part = i % pieces;
+      attend_group(step, layer, group, i / pieces / groups, queries * part / pieces, queries * (part + 1) / pieces, scores);
+    }
   });
 }
 
-// Outputs of all query heads of one kv head, for the rows of a group: each tile of keys and values is read once.
-void Llama::attend_group(const Step& step, int64_t layer, const Group& group, int64_t kv_head, float* scores) {
+// Outputs of queries [first, last) of a group's rows and the query heads of one kv head: each tile of keys and values is
+// read once for all of them.
+void Llama::attend_group(const Step& step, int64_t layer, const Group& group, int64_t kv_head, int64_t first, int64_t last,
+                         float* scores) {
   const Kernels& kernels = step.kernels;
-  const int64_t n = config_.head_dim, shared = config_.heads / config_.kv_heads, queries = group.count * shared;
-  const int64_t slot = step.slot[group.first], longest = step.position[group.first + group.count - 1] + 1;
+  const int64_t n = config_.head_dim, shared = config_.heads / config_.kv_heads;
+  const int64_t slot = step.slot[group.first], longest = first < last ? step.position[group.first + (last - 1) / shared] + 1 : 0;
   const float *keys = cache(keys_, layer, slot, kv_head), *values = cache(values_, layer, slot, kv_head);
   const auto place = [&](int64_t query) {
     return (group.first + query / shared) * query_stride_ + (kv_head * shared + query % shared) * n;
   };
   const auto seen = [&](int64_t query) { return step.position[group.first + query / shared] + 1; };
   for (int64_t tile = 0; tile < longest; tile += kKeyTile) {
-    for (int64_t query = 0; query < queries; ++query) {
+    for (int64_t query = first; query < last; ++query) {
       const int64_t count = std::min(kKeyTile, seen(query) - tile);
       if (count <= 0) continue;
       float* out = scores + query * scores_stride_ + tile;
@@ -485,12 +495,12 @@ void Llama::attend_group(const Step& step, int64_t layer, const Group& group, in
       add_rows(kernels, out, keys + tile * n, kKeyTile, query_.as<float>() + place(query), n, count);
     }
   }
-  for (int64_t query = 0; query < queries; ++query) {
+  for (int64_t query = first; query < last; ++query) {
     kernels.softmax(scores + query * scores_stride_, seen(query));
     std::fill_n(attended_.as<float>() + place(query), n, 0.0f);
   }
   for (int64_t tile = 0; tile < longest; tile += kKeyTile) {
-    for (int64_t query = 0; query < queries; ++query) {
+    for (int64_t query = first; query < last; ++query) {
       const int64_t count = std::min(kKeyTile, seen(query) - tile);
       float* out = attended_.as<float>() + place(query);
       add_rows(kernels, out, values + tile * n, n, scores + query * scores_stride_ + tile, count, n);

@@ -116,7 +116,7 @@ class Llama {
   void write_logits(const Step& step, int64_t count, float* logits);
   void store_keys(const Step& step, int64_t layer, int64_t begin, int64_t end);
   void attend(const Step& step, int64_t layer);
-  void attend_group(const Step& step, int64_t layer, const Group& group, int64_t kv_head, float* scores);
+  void attend_group(const Step& step, int64_t layer, const Group& group, int64_t kv_head, int64_t first, int64_t last, float* scores);
   template <class Before>
   void multiply(const Step& step, const Product* products, int count, int64_t rows, const float* x, int64_t x_stride,
                 Before&& before);

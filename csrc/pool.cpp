@@ -26,22 +26,49 @@ inline void relax() {
 #endif
 }
 
+constexpr int64_t kPieces = 4;  // of a share
+
+// Every thread has a share of the work, takes it in pieces, and then what is left of the others': one that was not woken
+// in time, or lost its core, holds nobody up for long.
 struct Region {
+  struct alignas(64) Share {  // in blocks of `grain`
+    std::atomic<int64_t> next;
+    int64_t end, piece;
+  };
+
   Task task;
   void* context;
   int64_t count, grain;
   int threads;
-  std::atomic<int> left;
+  std::atomic<int> left;  // workers that have not finished
+  Share shares[kMaxThreads];
+
+  Region(Task what, void* with, int64_t items, int64_t of_block, int on)
+      : task(what), context(with), count(items), grain(of_block), threads(on), left(on - 1) {
+    const int64_t blocks = (count + grain - 1) / grain;
+    for (int i = 0; i < threads; i++) {
+      const int64_t begin = blocks * i / threads, end = blocks * (i + 1) / threads;
+      shares[i].next.store(begin, std::memory_order_relaxed);
+      shares[i].end = end;
+      shares[i].piece = (end - begin + kPieces - 1) / kPieces;
+    }
+  }
 
   // noexcept: a task that fails on the caller must not unwind the region that workers still read.
   void run(int thread) noexcept {
-    const int64_t blocks = (count + grain - 1) / grain;
-    const int64_t begin = blocks * thread / threads * grain, end = blocks * (thread + 1) / threads * grain;
-    if (begin < count && begin < end) task(context, begin, end < count ? end : count, thread);
+    for (int i = 0; i < threads; i++) {
+      Share& share = shares[(thread + i) % threads];
+      while (share.next.load(std::memory_order_relaxed) < share.end) {
+        const int64_t begin = share.next.fetch_add(share.piece, std::memory_order_relaxed);
+        if (begin >= share.end) break;
+        const int64_t end = begin + share.piece < share.end ? begin + share.piece : share.end;
+        task(context, begin * grain, end * grain < count ? end * grain : count, thread);
+      }
+    }
   }
 };
 
-// A thread with a letter box. `work` is written by one caller at a time.
+// A thread with a letter box, into which one caller at a time puts a region.
 class Worker {
  public:
   explicit Worker(int number) : number_(number), thread_([this] { loop(); }) { thread_.detach(); }
@@ -54,18 +81,21 @@ class Worker {
     }
   }
 
+  // Whether the region was still in the box; the worker will not see it then.
+  bool take_back(Region* region) { return work_.compare_exchange_strong(region, nullptr, std::memory_order_seq_cst); }
+
  private:
   void loop() {
     for (;;) {
-      Region* region = nullptr;
-      for (int i = 0; i < patience() && !(region = work_.load(std::memory_order_acquire)); i++) relax();
-      if (!region) {
+      for (int i = 0; i < patience() && !work_.load(std::memory_order_relaxed); i++) relax();
+      if (!work_.load(std::memory_order_relaxed)) {
         std::unique_lock<std::mutex> lock(mutex_);
         asleep_.store(true, std::memory_order_seq_cst);
-        wake_.wait(lock, [this, &region] { return (region = work_.load(std::memory_order_seq_cst)) != nullptr; });
+        wake_.wait(lock, [this] { return work_.load(std::memory_order_seq_cst) != nullptr; });
         asleep_.store(false, std::memory_order_seq_cst);
       }
-      work_.store(nullptr, std::memory_order_relaxed);
+      Region* region = work_.exchange(nullptr, std::memory_order_acquire);
+      if (!region) continue;  // taken back
       region->run(number_);
       region->left.fetch_sub(1, std::memory_order_release);
     }
@@ -125,10 +155,12 @@ void parallel(int threads, int64_t count, int64_t grain, Task task, void* contex
     std::unique_lock<std::mutex> lock(pool->busy, std::try_to_lock);
     if (lock) {
       threads = pool->grow(threads - 1) + 1;
-      Region region{task, context, count, grain, threads, {threads - 1}};
+      Region region(task, context, count, grain, threads);
       inside = true;
       for (int i = 0; i < threads - 1; i++) pool->workers[static_cast<size_t>(i)]->post(&region);
       region.run(0);
+      for (int i = 0; i < threads - 1; i++)
+        if (pool->workers[static_cast<size_t>(i)]->take_back(&region)) region.left.fetch_sub(1, std::memory_order_relaxed);
       for (int spins = 0; region.left.load(std::memory_order_acquire) > 0; spins++) {
         if (spins < kEagerSpins) relax();
         else std::this_thread::yield();

@@ -8,7 +8,8 @@ namespace bitbell {
 
 using Task = void (*)(void* context, int64_t begin, int64_t end, int thread);
 
-// Run task over [0, count) cut into `threads` ranges of nearly equal length, in multiples of `grain`; the caller takes the first.
+// Run task over [0, count), cut into ranges in multiples of `grain`, on up to `threads` threads and the caller's first of all.
+// What belongs to which thread is roughly the same from call to call, so that its cache may hold it, but not certain.
 void parallel(int threads, int64_t count, int64_t grain, Task task, void* context);
 
 template <class F>

@@ -263,6 +263,20 @@ def test_any_number_of_threads_gives_the_same_bits(wide: Any) -> None:
     assert torch.equal(results[0], results[2])
 
 
+@pytest.mark.parametrize("kv_heads", [1, 2, 3])
+def test_attention_is_shared_out_whatever_the_heads(make_llama: MakeLlama, kv_heads: int) -> None:
+    sizes = {"hidden_size": 192, "num_attention_heads": 6, "num_key_value_heads": kv_heads}
+    model = make_llama(None, num_hidden_layers=1, max_position_embeddings=512, **sizes)
+    tokens, results = tokens_for(model, LONG), []
+    for threads in (1, 2, 3, 5):
+        engine = NativeLlama(model, threads=threads, slots=3)
+        prompt = [all_logits(engine, tokens[slot:], slot) for slot in range(3)]
+        together = engine.forward(tokens[:3], range(3), [LONG, LONG - 1, LONG - 2])
+        results.append(torch.cat([*prompt, engine.decode(tokens[0])[None], together]))
+    for result in results[1:]:
+        assert torch.equal(results[0], result)
+
+
 def test_threads_are_those_of_the_kernels_unless_given(plain: Any) -> None:
     try:
         native.set_threads(2)
