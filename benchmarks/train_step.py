@@ -4,7 +4,8 @@
     python benchmarks/train_step.py --models tiny --recipes none bbq-w2a2 --threads 1
     python benchmarks/train_step.py --models wide --recipes none bbq-w2a2 bbq-w2a2+integers --modes compiled
 
-A recipe's name followed by +integers is trained with `integer_forward`: products of int8 codes instead of floats.
+A recipe's name followed by +integers is trained with `integer_forward`, products of int8 codes instead of floats, and
+by +compact with `compact` too.
 
 Candidates take turns, step by step, in one process, so that a noisy neighbour hits all alike; medians and ratios are
 reported. "Kept" counts the distinct bytes that autograd holds for the backward pass, parameters not included. "Peak"
@@ -84,11 +85,12 @@ def quantized_model(name: str, recipe: str, tokens: Tensor) -> nn.Module:
 
 
 def swap(model: nn.Module, recipe: str, tokens: Tensor) -> nn.Module:
-    """Quantize `model` by a recipe, "none", or a recipe with +integers, and calibrate it."""
+    """Quantize `model` by a recipe, "none", or a recipe with +integers or +compact, and calibrate it."""
     if recipe == "none":
         return model
-    plain, integers = recipe.removesuffix("+integers"), recipe.endswith("+integers")
-    return calibrate(quantize(model, plain, integer_forward=integers), tokens[:, :-1])
+    plain, _, how = recipe.partition("+")
+    quantize(model, plain, integer_forward=bool(how), compact=how == "compact")
+    return calibrate(model, tokens[:, :-1])
 
 
 def loss_of(forward: nn.Module, model: nn.Module, tokens: Tensor, precision: torch.dtype) -> Tensor:

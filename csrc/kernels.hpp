@@ -65,16 +65,18 @@ struct Codes {
 };
 
 // Types of tensors that a training step takes.
-constexpr int kFloat32 = 0, kBfloat16 = 1;
-constexpr int64_t size_of_type(int type) { return type == kBfloat16 ? 2 : 4; }
+constexpr int kFloat32 = 0, kBfloat16 = 1, kInt8 = 2;
+constexpr int64_t size_of_type(int type) { return type == kFloat32 ? 4 : type == kBfloat16 ? 2 : 1; }
 
-// What BBQ's gradient of one row is computed from. h: the rotated input, or rotated by `rotation` first.
+// What BBQ's gradient of one row is computed from. h: the rotated input, or rotated by `rotation` first. With `bins`, codes
+// are of 8 bits, and h is not read: (3, 256) numbers say each bin's v, slope and level.
 struct BellRow {
   const void *h = nullptr, *g = nullptr;
   const int8_t* codes = nullptr;
   int h_type = kFloat32, g_type = kFloat32;
   int64_t k = 0, rotation = 1;
   float inverse_size = 1, zero_point = 0;
+  const float* bins = nullptr;
 };
 
 // What turns a row of products of centred codes into outputs.

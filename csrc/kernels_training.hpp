@@ -87,8 +87,31 @@ INLINE F16 bell(F16 w) {
   return p * as_floats((as_integers(placed) << 23) + 0x3f800000);
 }
 
+// v, u, and the sums of their product and of levels and g, from codes of 8 bits.
+void bell_slopes_of_bins(const BellRow& row, float* v, float* u, float* along, float* levels) {
+  widen_row(row.g, row.g_type, row.k, u);
+  F16 a = {}, l = {};
+  for (int64_t i = 0; i < row.k; i += 16) {
+    float place[16] = {}, slope[16] = {}, level[16] = {};
+    const int64_t count = row.k - i < 16 ? row.k - i : 16;
+    for (int64_t j = 0; j < count; j++) {
+      const int bin = row.codes[i + j] + 128;
+      place[j] = row.bins[bin], slope[j] = row.bins[256 + bin], level[j] = row.bins[512 + bin];
+    }
+    const F16 g = load(u + i), w = load(place), s = load(slope) * g;
+    l += load(level) * g;
+    a += s * w;
+    store(v + i, w);
+    store(u + i, s);
+  }
+  for (int64_t i = round_up(row.k, 16); i < padded_k(row.k); i++) v[i] = 0;
+  *along = sum_of(a);
+  *levels = sum_of(l);
+}
+
 // v = h / size and u = exp(-v**2 / 2) g, with their product's sum and that of levels and g.
 void bell_slopes(const BellRow& row, float* v, float* u, float* along, float* levels) {
+  if (row.bins) return bell_slopes_of_bins(row, v, u, along, levels);
   const int64_t k = row.k, padded = padded_k(k);
   rotate_row(row.h, row.h_type, k, row.rotation, v);
   widen_row(row.g, row.g_type, k, u);

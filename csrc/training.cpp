@@ -26,7 +26,7 @@ double sum_over(const std::vector<float>& rows) {
 }  // namespace
 
 void quantize_tensor(const Kernels& kernels, const InputPlan& given_plan, const Rows& x, bool by_row, bool given, float* size, int8_t* codes,
-                     void* kept, int kept_type, int threads) {
+                     int bits, void* kept, int kept_type, int threads) {
   const TrainingKernels& training = *kernels.training;
   InputPlan plan = given_plan;
   plan.step_factor = 1, plan.step_plus = 0;
@@ -51,7 +51,12 @@ void quantize_tensor(const Kernels& kernels, const InputPlan& given_plan, const 
     std::vector<int8_t> padded(static_cast<size_t>(room.stride));
     for (int64_t i = begin; i < end; i++) {
       void* keep = kept ? static_cast<char*>(kept) + i * kept_bytes : nullptr;
-      training.quantize(plan, x.row(i), x.type, x.k, padded.data(), &sizes[static_cast<size_t>(i)], room[0], keep, kept_type);
+      const bool fine = kept && kept_type == kInt8;
+      training.quantize(plan, x.row(i), x.type, x.k, padded.data(), &sizes[static_cast<size_t>(i)], room[0], fine ? nullptr : keep, kept_type);
+      if (fine) {
+        std::copy(padded.data(), padded.data() + x.k, static_cast<int8_t*>(keep));
+        for (int8_t& code : padded) code = static_cast<int8_t>(code >> (8 - bits));
+      }
       std::copy(padded.data(), padded.data() + x.k, codes + i * x.k);
     }
   });
@@ -69,7 +74,7 @@ void bell_gradient(const Kernels& kernels, const BellTensor& t, int threads) {
   const int64_t rows = t.g.rows, k = t.g.k, out_bytes = k * size_of_type(t.out_type);
   const auto slopes = [&](int64_t i, float* v, float* u, float* along) {
     const BellRow row{t.h.row(i), t.g.row(i), t.codes + i * k,         t.h.type,     t.g.type,
-                      k,          t.h_rotation, t.inverse_size[t.size_by_row ? i : 0], t.zero_point};
+                      k,          t.h_rotation, t.inverse_size[t.size_by_row ? i : 0], t.zero_point,  t.bins};
     training.slopes(row, v, u, along, t.levels + i);
   };
   double mean_of_all = 0;

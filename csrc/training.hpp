@@ -15,9 +15,10 @@ struct Rows {
 };
 
 // Codes (rows, k) int8 of x by thresholds in units of each row's RMS (by_row: size has `rows` numbers), of the RMS of all of
-// x, or of what `size` holds (given). size: what was in use, NaN where x holds NaN or infinity. kept: the rotated x, or null.
+// x, or of what `size` holds (given). size: what was in use, NaN where x holds NaN or infinity. kept: the rotated x, or null;
+// of type kInt8 the codes by the thresholds, which are then of 8 bits, while codes have the uppermost `bits` of them.
 void quantize_tensor(const Kernels& kernels, const InputPlan& plan, const Rows& x, bool by_row, bool given, float* size, int8_t* codes,
-                     void* kept, int kept_type, int threads);
+                     int bits, void* kept, int kept_type, int threads);
 
 // BBQ's gradient of the input: rotate(factor (u - v mean(u v))), u = exp(-v**2 / 2) g, v = h / size, where `by_row` says over
 // what the mean goes, and radial whether there is one. inverse_size, factor: one number, or `rows`. levels: (rows), the sums
@@ -29,6 +30,7 @@ struct BellTensor {
   const float *inverse_size = nullptr, *factor = nullptr;
   bool size_by_row = false, factor_by_row = false, radial = true, by_row = false;
   float zero_point = 0;
+  const float* bins = nullptr;  // of codes of 8 bits, see BellRow
   void* out = nullptr;
   int out_type = kFloat32;
   float* levels = nullptr;

@@ -28,11 +28,12 @@ const Kernels& named(const std::string& level) {
 }
 
 void quantize(const std::string& level, nb::dict plan, Address x, int type, int64_t rows, int64_t k, bool by_row, bool given, Address size,
-              Address codes, Address kept, int kept_type, int threads) {
+              Address codes, int bits, Address kept, int kept_type, int threads) {
   const Kernels& kernels = named(level);
   const InputPlan p = plan_from(plan);
   nb::gil_scoped_release release;
-  quantize_tensor(kernels, p, {at<void>(x), type, rows, k}, by_row, given, at<float>(size), at<int8_t>(codes), at<void>(kept), kept_type, threads);
+  quantize_tensor(kernels, p, {at<void>(x), type, rows, k}, by_row, given, at<float>(size), at<int8_t>(codes), bits, at<void>(kept), kept_type,
+                  threads);
 }
 
 void gradient(const std::string& level, nb::dict from, int64_t rows, int64_t k, int threads) {
@@ -50,6 +51,7 @@ void gradient(const std::string& level, nb::dict from, int64_t rows, int64_t k, 
   t.radial = entry<bool>(from, "radial");
   t.by_row = entry<bool>(from, "by_row");
   t.zero_point = entry<float>(from, "zero_point");
+  t.bins = address<float>(from, "bins");
   t.out = at<void>(entry<Address>(from, "out"));
   t.out_type = entry<int>(from, "out_type");
   t.levels = at<float>(entry<Address>(from, "levels"));

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bitbell.kernels import native
-from bitbell.kernels.thresholds import bell_codes, bell_thresholds
+from bitbell.kernels.thresholds import bell_codes, bell_thresholds, bin_means, bin_thresholds
 from bitbell.kernels.training import bell_gradient, bell_quantize, integer_linear
 
 LEVELS = [name for name, why in native.level_names().items() if not why]
@@ -230,7 +230,7 @@ def test_the_gradient_is_that_of_the_definition_in_float64(
     of_rows = (*shape[:2], 1) if by_row else (1,)
     inverse_rms, factor = (randn(seed + i, *of_rows).abs() + 0.5 for i in (2, 3))
     rest = codes, inverse_rms, factor, zero_point, rotation, radial
-    got, sums = equal_at_all_levels(lambda: bell_gradient(g, kept, is_rotated, *rest, dtypes[2]))
+    got, sums = equal_at_all_levels(lambda: bell_gradient(g, kept, is_rotated, *rest[:3], 3, *rest[3:], dtypes[2]))
     wanted, wanted_sums = definition_in_float64(g, kept, is_rotated, *rest)
     narrow = dtypes[2] == torch.bfloat16
     torch.testing.assert_close(got.double(), wanted, rtol=2**-8 if narrow else 1e-4, atol=1e-2 if narrow else 2e-5)
@@ -261,5 +261,68 @@ def definition_in_float64(
 def test_far_out_slopes_vanish_and_stay_finite() -> None:
     kept = torch.tensor([[0.0, 1.0, 13.0, 40.0, 1e4, 1e30, -1e30, -3.0]])
     arguments = torch.ones(1, 8), kept, True, torch.zeros(1, 8, dtype=torch.int8), torch.ones(1), torch.ones(1)
-    got, _ = bell_gradient(*arguments, 0.0, 1, "none", torch.float32)
+    got, _ = bell_gradient(*arguments, 1, 0.0, 1, "none", torch.float32)
     torch.testing.assert_close(got, (-0.5 * kept.double() ** 2).exp().float(), rtol=1e-6, atol=2e-38)
+
+
+# One byte an element ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+def test_bins_hold_the_code_in_their_upper_bits(bits: int) -> None:
+    every = 2 ** (8 - bits)
+    assert torch.equal(bin_thresholds(bits, 0.3)[every - 1 :: every], bell_thresholds(bits, 0.3))
+    assert bool((bin_thresholds(bits).diff() > 0).all())
+    x = randn(bits, 40, 128)
+    for group, frozen in (("row", None), ("tensor", None), ("tensor", torch.tensor([0.7]))):
+        for op in (bell_quantize, bell_quantize._init_fn):
+            codes, _, bins = op(x, bits, 16, group, frozen, SMALLEST, torch.int8)
+            plain, _, _ = op(x, bits, 16, group, frozen, SMALLEST, None)
+            assert torch.equal(codes, plain)
+            assert torch.equal(bins >> (8 - bits), codes)
+            assert int(bins.unique().numel()) > 200
+
+
+def test_bin_means_are_those_of_a_gaussian() -> None:
+    v = torch.randn(4_000_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    bins = bell_codes(v.float(), 1.0, 8).long() + 128
+    count = torch.bincount(bins, minlength=256)
+    found = bin_means(2, -0.5).double()
+    for row, of in ((0, v), (1, (-0.5 * v**2).exp())):
+        mean = torch.bincount(bins, weights=of, minlength=256) / count
+        torch.testing.assert_close(found[row], mean, rtol=0, atol=0.01)
+    assert found[2].tolist() == [level for level in (-1.5, -0.5, 0.5, 1.5) for _ in range(64)]
+
+
+@needs_kernels
+@quick
+@given(
+    bits=st.sampled_from([1, 2, 4]),
+    rotation=st.sampled_from([1, 16]),
+    radial=st.sampled_from(["row", "tensor", "none"]),
+    dtype=types,
+    columns=st.integers(1, 5),
+    seed=seeds,
+)
+def test_the_gradient_by_bins_is_that_of_the_definition(
+    bits: int, rotation: int, radial: str, dtype: torch.dtype, columns: int, seed: int
+) -> None:
+    width = 16 * columns if rotation > 1 else 13 * columns
+    g, bins = randn(seed, 4, width).to(dtype), codes_of(seed, 8, 4, width)
+    rest = torch.ones(1), torch.rand(4, 1), bits, -0.5, rotation, radial, torch.float32
+    got = equal_at_all_levels(lambda: bell_gradient(g, bins, True, bins, *rest))
+    wanted = bell_gradient._init_fn(g, bins, True, bins, *rest)
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_the_gradient_by_bins_is_near_the_exact_one() -> None:
+    x, g = randn(0, 64, 1024), randn(1, 64, 1024)
+    gradients = []
+    for keep in (torch.float32, torch.int8):
+        codes, inverse_rms, kept = bell_quantize(x, 2, 128, "tensor", None, SMALLEST, keep)
+        codes = kept if keep == torch.int8 else codes
+        of = kept, True, codes, inverse_rms, inverse_rms, 2, -0.5, 128, "tensor", torch.float32
+        gradients.append(bell_gradient(g, *of))
+    (exact, levels), (near, same) = gradients
+    torch.testing.assert_close(same, levels, rtol=1e-5, atol=1e-4)
+    assert 0.001 < float((near - exact).norm() / exact.norm()) < 0.006

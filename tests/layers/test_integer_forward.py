@@ -27,7 +27,8 @@ def near(variant: str, bits: int) -> str:
 
 
 UNIFORM = [variant for variant, (method, _, _) in VARIANTS.items() if method not in TABLES]
-RECIPES = sorted({near(variant, bits) for variant in UNIFORM for bits in (1, 2, 3, 4)}) + [
+RECIPES = [
+    *sorted({near(variant, bits) for variant in UNIFORM for bits in (1, 2, 3, 4)}),
     "bbq-w3a2:learn_offset=true",
     "bbq-w2a2:w.learn_offset=true,zero_point=-0.25",
     "bbq-w4a4:normalise=false,estimator=clip,w.granularity=tensor",
@@ -176,6 +177,20 @@ def test_codes_and_the_rotated_input_are_what_bbq_keeps(autocast: bool, per_inpu
     assert bulk <= kept_bytes(exact, x, autocast) <= bulk + 16 * (24 + 2)
 
 
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
+def test_compact_keeps_one_byte_an_input_and_nearly_the_gradient(kernels: str) -> None:
+    with native.using(kernels):
+        fake, exact = twins("bbq-w2a2", bias=False, out=24)
+        exact.multiply_integers(compact=True)
+        x, g = torch.randn(64, 128), torch.randn(64, 24)
+        for autocast in (False, True):
+            bulk = x.numel() + exact.weight.numel()
+            assert bulk <= kept_bytes(copy.deepcopy(exact), x, autocast) <= bulk + 16 * (24 + 2)
+        got, wanted = step(exact, x, g), step(fake, x.double(), g.double())
+        assert_near({name: got[name] for name in ("y", "weight")}, {n: wanted[n] for n in ("y", "weight")}, 1e-5)
+        assert_near(got, wanted, 0.006)
+
+
 # Models ------------------------------------------------------------------------------------------------------
 
 
@@ -208,11 +223,11 @@ def test_a_model_has_the_loss_and_the_gradients_of_its_fake_quantized_twin() -> 
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kernels", ["auto", "reference"])
-def test_a_model_compiles_into_one_graph(kernels: str, backend: str) -> None:
+@pytest.mark.parametrize(("kernels", "compact"), [("auto", False), ("auto", True), ("reference", False)])
+def test_a_model_compiles_into_one_graph(kernels: str, compact: bool, backend: str) -> None:
     torch._dynamo.reset()
     with native.using(kernels):
-        model, twin = llama(integer_forward=True).train(), llama(integer_forward=True).train()
+        model, twin = (llama(integer_forward=True, compact=compact).train() for _ in range(2))
         compiled = torch.compile(twin, fullgraph=True, dynamic=False, backend=backend)
         (loss, gradients), (wanted, others) = loss_and_gradients(twin, compiled), loss_and_gradients(model)
     torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=0)
@@ -248,7 +263,15 @@ def test_layers_without_integers_are_refused_by_name(recipe: str, words: str) ->
     assert type(model[0]) is nn.Linear
 
 
+@pytest.mark.parametrize("recipe", ["lsq-w2a2", "bbq-w2a4:activation_method=lsq", "bbq-w2a2:a.estimator=clip"])
+def test_compact_is_refused_where_a_byte_is_not_enough(recipe: str) -> None:
+    with pytest.raises(ValueError, match=r"^0: compact is for"):
+        quantize(nn.Sequential(nn.Linear(128, 128)), recipe, integer_forward=True, compact=True)
+    with pytest.raises(ValueError, match="compact=True with integer_forward=False"):
+        quantize(nn.Sequential(nn.Linear(128, 128)), recipe, compact=True)
+
+
 def test_convolutions_are_refused_by_name() -> None:
     model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.Conv2d(32, 32, 3))
-    with pytest.raises(ValueError, match="^1: integer_forward is for linear layers"):
+    with pytest.raises(ValueError, match=r"^1: integer_forward is for linear layers"):
         quantize(model, "bbq-w2a2", integer_forward=True)

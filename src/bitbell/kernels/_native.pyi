@@ -44,6 +44,7 @@ def training_quantize(
     given: bool,
     size: int,
     codes: int,
+    bits: int,
     kept: int,
     kept_type: int,
     threads: int,

@@ -47,6 +47,31 @@ def bell_thresholds(bits: int, inverse_rms: float = 1.0) -> Tensor:
         return find_thresholds(lambda h: bell_codes(h, float32(inverse_rms), bits), bits)
 
 
+@lru_cache(maxsize=1024)
+@torch.no_grad()
+def bin_thresholds(bits: int, inverse_rms: float = 1.0) -> Tensor:
+    """Those of 256 equally likely bins, (255,) float32, with those of `bits` among them to the last bit."""
+    with torch.inference_mode(False):
+        found, every = bell_thresholds(8, inverse_rms).clone(), 2 ** (8 - bits)
+        found[every - 1 :: every] = bell_thresholds(bits, inverse_rms)
+        return found
+
+
+@lru_cache(maxsize=64)
+@torch.no_grad()
+def bin_means(bits: int, zero_point: float) -> Tensor:
+    """Of each of 256 equally likely bins of a Gaussian v: the means of v and of exp(-v**2 / 2), and the level of the
+    code of `bits` that it belongs to; (3, 256) float32 on the CPU."""
+    with torch.inference_mode(False):
+        edges = torch.linspace(-1, 1, 257, dtype=torch.float64, device="cpu").erfinv() * math.sqrt(2)
+        density = torch.exp(-0.5 * edges**2) / math.sqrt(2 * math.pi)
+        # exp(-v**2 / 2) phi(v) is 1 / sqrt(2) times the density of a Gaussian of variance 1/2.
+        place = 256 * (density[:-1] - density[1:])
+        slope = 256 / math.sqrt(2) * 0.5 * edges.erf().diff()
+        level = torch.arange(-128, 128, device="cpu").div(2 ** (8 - bits), rounding_mode="floor") - zero_point
+        return torch.stack([place, slope, level.double()]).float()
+
+
 def float32(x: float) -> Tensor:
     """(1,), whatever torch's default type and device are."""
     return torch.tensor([x], dtype=torch.float32, device="cpu")

@@ -19,10 +19,11 @@ from torch import Tensor
 from bitbell.kernels import native
 from bitbell.kernels.operators import integer_product, rotate
 from bitbell.kernels.planes import scaled_integer_product
-from bitbell.kernels.thresholds import bell_codes, bell_thresholds
+from bitbell.kernels.thresholds import bell_codes, bell_thresholds, bin_means, bin_thresholds
 
 ROW_BLOCK = 256  # rows whose sums stay in a cache until they are outputs
 TYPES = {torch.float32: 0, torch.bfloat16: 1}  # of tensors that the C++ kernels take
+KEPT = TYPES | {torch.int8: 2}  # and of what they keep for the gradient
 
 
 def computes(*tensors: Tensor) -> bool:
@@ -164,7 +165,8 @@ def bell_quantize(
 
     group: one RMS for each "row" (..., 1), or for the whole "tensor" (1,), never below `smallest`; frozen: 1 / RMS (1,)
     to take instead. What comes back as 1 / RMS, float32, is not finite where its part of x holds NaN or infinity.
-    keep: None for nothing; the third tensor is then empty.
+    keep: None for nothing; the third tensor is then empty. int8: instead of the rotated x its code in 256 bins, of
+    which the code proper is the upper bits.
     """
     h = rotate(x.float(), rotation)
     trace = (0 * h).sum(-1, keepdim=True) if group == "row" else (0 * h).sum().reshape(1)
@@ -174,7 +176,15 @@ def bell_quantize(
     else:
         inverse_rms = frozen.float()
     codes = bell_codes(h, inverse_rms, bits).nan_to_num(-(2 ** (bits - 1))).to(torch.int8)
-    return codes, inverse_rms + trace, h.to(keep) if keep is not None else x.new_empty(0)
+    kept = x.new_empty(0) if keep is None else _bins(h, inverse_rms, codes, bits) if keep == torch.int8 else h.to(keep)
+    return codes, inverse_rms + trace, kept
+
+
+def _bins(h: Tensor, inverse_rms: Tensor, codes: Tensor, bits: int) -> Tensor:
+    """Codes of 8 bits within those of `bits`: where the two round apart, the coarse one decides."""
+    width = 2 ** (8 - bits)
+    low = codes.float() * width
+    return bell_codes(h, inverse_rms, 8).nan_to_num(-128).clamp(low, low + width - 1).to(torch.int8)
 
 
 @bell_quantize.register_fake
@@ -190,20 +200,21 @@ def _(
 def _(
     x: Tensor, bits: int, rotation: int, group: str, frozen: Tensor | None, smallest: float, keep: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if not computes(x) or not x.numel() or (keep is not None and keep not in TYPES):
+    if not computes(x) or not x.numel() or (keep is not None and keep not in KEPT):
         return bell_quantize._init_fn(x, bits, rotation, group, frozen, smallest, keep)
     x, columns = x.contiguous(), x.shape[-1]
     rows, by_row = x.numel() // columns, group == "row" and frozen is None
     # Under a frozen RMS thresholds are those of the input itself, found on the very formula.
-    thresholds = bell_thresholds(bits) if frozen is None else bell_thresholds(bits, float(frozen))
-    plan = native.InputPlan(bits, rotation, smallest=smallest, thresholds=thresholds)
+    inverse = 1.0 if frozen is None else float(frozen)
+    thresholds = bin_thresholds(bits, inverse) if keep == torch.int8 else bell_thresholds(bits, inverse)
+    plan = native.InputPlan(8 if keep == torch.int8 else bits, rotation, smallest=smallest, thresholds=thresholds)
     codes = torch.empty(x.shape, dtype=torch.int8, device="cpu")
     rms = torch.ones((*x.shape[:-1], 1) if by_row else (1,), dtype=torch.float32, device="cpu")
     kept = torch.empty(x.shape if keep is not None else 0, dtype=x.dtype if keep is None else keep, device="cpu")
     native.extension.training_quantize(
         *(native.level(), plan.fields(), x.data_ptr(), TYPES[x.dtype], rows, columns),
-        *(by_row, frozen is not None, rms.data_ptr(), codes.data_ptr()),
-        *(kept.data_ptr() if keep is not None else 0, TYPES[kept.dtype], native.threads()),
+        *(by_row, frozen is not None, rms.data_ptr(), codes.data_ptr(), bits),
+        *(kept.data_ptr() if keep is not None else 0, KEPT[kept.dtype], native.threads()),
     )
     return codes, 1 / rms if frozen is None else frozen.float() + 0 * rms, kept
 
@@ -219,6 +230,7 @@ def bell_gradient(
     codes: Tensor,
     inverse_rms: Tensor,
     factor: Tensor,
+    bits: int,
     zero_point: float,
     rotation: int,
     radial: str,
@@ -227,12 +239,16 @@ def bell_gradient(
     """dL/dx in `dtype`, and of every row the sum of levels times g (..., 1) float32. See `bitbell.quantizers.bbq`.
 
     u = exp(-v**2 / 2) g with v = h / RMS; dL/dx = rotate(factor (u - v mean(u v))), the mean over each "row", over the
-    "tensor", or "none". kept: x, or the rotated x. inverse_rms, factor: (..., 1) or (1,), float32.
+    "tensor", or "none". kept: x, or the rotated x. inverse_rms, factor: (..., 1) or (1,), float32. Where kept is int8,
+    it holds x's code in 256 bins, v and the slope are a Gaussian's means in that bin, and codes may be the same tensor.
     """
-    h = kept.float() if is_rotated else rotate(kept.float(), rotation)
-    g, v = g.float(), h * inverse_rms
-    u = v.square().mul_(-0.5).exp_().mul_(g)
-    sums = (g * (codes.float() - zero_point)).sum(-1, keepdim=True)
+    g = g.float()
+    if kept.dtype == torch.int8:
+        v, slope, level = bin_means(bits, zero_point).to(g.device)[:, kept.long() + 128]
+    else:
+        v = (kept.float() if is_rotated else rotate(kept.float(), rotation)) * inverse_rms
+        slope, level = v.square().mul_(-0.5).exp_(), codes.float() - zero_point
+    u, sums = slope * g, (g * level).sum(-1, keepdim=True)
     if radial == "row":
         u = u - v * (u * v).mean(-1, keepdim=True)
     elif radial == "tensor":
@@ -248,13 +264,14 @@ def _(
     codes: Tensor,
     inverse_rms: Tensor,
     factor: Tensor,
+    bits: int,
     zero_point: float,
     rotation: int,
     radial: str,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     sums = g.new_empty((*g.shape[:-1], 1), dtype=torch.float32)
-    return torch.empty_like(codes, dtype=dtype, memory_format=torch.contiguous_format), sums
+    return torch.empty_like(g, dtype=dtype, memory_format=torch.contiguous_format), sums
 
 
 @bell_gradient.register_kernel("cpu")
@@ -265,15 +282,17 @@ def _(
     codes: Tensor,
     inverse_rms: Tensor,
     factor: Tensor,
+    bits: int,
     zero_point: float,
     rotation: int,
     radial: str,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    if not computes(g, kept, inverse_rms, factor) or dtype not in TYPES or not g.numel():
-        how = zero_point, rotation, radial, dtype
+    if not computes(g, inverse_rms, factor) or kept.dtype not in KEPT or dtype not in TYPES or not g.numel():
+        how = bits, zero_point, rotation, radial, dtype
         return bell_gradient._init_fn(g, kept, is_rotated, codes, inverse_rms, factor, *how)
-    g, kept, codes = g.contiguous(), kept.contiguous(), codes.contiguous()
+    g, kept = g.contiguous(), kept.contiguous()
+    codes = kept if kept.dtype == torch.int8 else codes.contiguous()
     inverse_rms, factor = inverse_rms.float().contiguous(), factor.float().contiguous()
     rows, columns = g.numel() // g.shape[-1], g.shape[-1]
     out = torch.empty(g.shape, dtype=dtype, device="cpu")
@@ -282,7 +301,8 @@ def _(
         "g": g.data_ptr(),
         "g_type": TYPES[g.dtype],
         "h": kept.data_ptr(),
-        "h_type": TYPES[kept.dtype],
+        "h_type": KEPT[kept.dtype],
+        "bins": bin_means(bits, zero_point).data_ptr() if kept.dtype == torch.int8 else 0,
         "h_rotation": 1 if is_rotated else rotation,
         "rotation": rotation,
         "codes": codes.data_ptr(),

@@ -159,8 +159,11 @@ class TrainedLayer(QuantizedLayer, nn.Module):
             y = integer_linear(a, w, *grids, dtype, bits)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
-    def multiply_integers(self) -> None:
-        """From now on multiply codes as integers in training. Raises ValueError where there are none to multiply."""
+    def multiply_integers(self, compact: bool = False) -> None:
+        """From now on multiply codes as integers in training; compact: and keep one byte an input for the gradient.
+
+        Raises ValueError where there are no integers to multiply, or the method's gradient needs more than a byte.
+        """
         if self.activation_quantizer is None:
             raise ValueError("integer_forward needs quantized activations: its inputs stay floats")
         if self.is_image:
@@ -168,6 +171,8 @@ class TrainedLayer(QuantizedLayer, nn.Module):
         for quantizer in (self.weight_quantizer, self.activation_quantizer):
             if quantizer.table is not None:
                 raise ValueError(f"integer_forward needs even levels, and those of {quantizer.method} are a table's")
+        if compact:
+            self.activation_quantizer.keep_bins()
         self.integer_forward = True
 
     def weight_codes(self) -> Tensor:

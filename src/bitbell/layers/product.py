@@ -48,7 +48,7 @@ def integer_linear(
     """Multiply quantized `x` (..., I) by quantized `w` (O, I) transposed: (..., O) in `dtype`, differentiable in both
     values. bits: of the codes of x and w, to multiply them as integers; None: levels as floats."""
     operands = x.values, w.values, x.codes, w.codes, x.step, w.step, x.offset, w.offset
-    return _IntegerLinear.apply(*operands, x_grid, w_grid, dtype, bits)
+    return _IntegerLinear.apply(*operands, x_grid, w_grid, dtype, bits, x.bins)
 
 
 def add_offsets(
@@ -89,8 +89,10 @@ class _IntegerLinear(torch.autograd.Function):
         w_grid: Grid,
         dtype: torch.dtype,
         bits: Bits | None,
+        x_bins: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(x_codes, w_codes, x_step, w_step, x_offset, w_offset)
+        ctx.x_shift = 0 if x_bins is None or bits is None else 8 - bits[0]
+        ctx.save_for_backward(x_bins if ctx.x_shift else x_codes, w_codes, x_step, w_step, x_offset, w_offset)
         ctx.x_grid, ctx.w_grid, ctx.dtype = x_grid, w_grid, dtype
         ctx.x_dtype, ctx.w_dtype = x_values.dtype, w_values.dtype
         x, w = (x_codes, x_step, x_offset, x_grid), (w_codes, w_step, w_offset, w_grid)
@@ -105,9 +107,10 @@ class _IntegerLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = (g @ _values(w_codes, ctx.w_grid, w_step, w_offset, ctx.dtype)).to(ctx.x_dtype)
         if ctx.needs_input_grad[1]:
+            x_codes = x_codes >> ctx.x_shift if ctx.x_shift else x_codes
             x = _values(x_codes, ctx.x_grid, x_step, x_offset, ctx.dtype)
             grad_w = (g.reshape(-1, g.shape[-1]).T @ x.reshape(-1, x.shape[-1])).to(ctx.w_dtype)
-        return grad_x, grad_w, *[None] * 10
+        return grad_x, grad_w, *[None] * 11
 
 
 def _multiply_levels(x: Operand, w: Operand, dtype: torch.dtype) -> Tensor:

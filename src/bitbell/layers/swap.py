@@ -32,18 +32,28 @@ HEAD_NAMES = ("lm_head", "embed_out", "head", "classifier", "score", "fc")
 NO_LINEAR = "it has no nn.Linear, no nn.Conv2d and no Conv1D of transformers"
 
 
-def quantize(model: nn.Module, rules: Rules, *, share_inputs: bool = True, integer_forward: bool = False) -> nn.Module:
+def quantize(
+    model: nn.Module,
+    rules: Rules,
+    *,
+    share_inputs: bool = True,
+    integer_forward: bool = False,
+    compact: bool = False,
+) -> nn.Module:
     """Swap the linear layers and convolutions of `model` for quantized ones, in place, and return it.
 
     rules: a recipe, its name, or an ordered mapping pattern -> recipe, name or None. share_inputs: let q/k/v and
     gate/up projections of one block share one activation quantizer. integer_forward: train on products of integers
-    (int8 codes, int32 sums) instead of floats that hold the same levels; gradients stay those of floats. The output
-    head is what the model says it is, or the last linear layer if it, or what it hangs in, is called lm_head,
-    embed_out, head, classifier, score or fc. Make the optimizer afterwards: the scales are new parameters. To load a
-    quantized state, quantize with the same rules first. The result must see `bitbell.calibrate(model, batch)` before
-    its first forward pass. Raises ValueError for a rule that matches nothing, for a layer that cannot be rotated or
-    has no integers to multiply, and for a model that is quantized already.
+    (int8 codes, int32 sums) instead of floats that hold the same levels; gradients stay those of floats. compact: with
+    integer_forward, keep one byte an activation for BBQ's gradient, which then differs by about what bfloat16 rounds
+    (`bitbell.quantizers.fused_bbq`). The output head is what the model says it is, or the last linear layer if it, or
+    what it hangs in, is called lm_head, embed_out, head, classifier, score or fc. Make the optimizer afterwards: the
+    scales are new parameters. To load a quantized state, quantize with the same rules first. The result must see
+    `bitbell.calibrate(model, batch)` before its first forward pass. Raises ValueError for a rule that matches nothing,
+    for a layer that cannot be rotated or has no integers to multiply, and for a model that is quantized already.
     """
+    if compact and not integer_forward:
+        raise ValueError("compact is of integer_forward: got compact=True with integer_forward=False")
     if any(isinstance(module, QuantizedLayer) for module in model.modules()):
         raise ValueError("this model is quantized already; quantize() works on a full-precision model, once")
     compiled = _compile_rules(rules)
@@ -54,7 +64,7 @@ def quantize(model: nn.Module, rules: Rules, *, share_inputs: bool = True, integ
         try:
             layers[name] = quantized_twin(model.get_submodule(name), recipe)
             if integer_forward:
-                layers[name].multiply_integers()
+                layers[name].multiply_integers(compact)
         except ValueError as error:
             raise ValueError(f"{name}: {error} (a rule {name!r}: None would leave it in full precision)") from None
     if not layers:

@@ -30,12 +30,14 @@ class Quantized(NamedTuple):
     step:   value of one level, float, broadcastable to x: one a row, one a token, or one in all. Not finite wherever
             its part of x holds NaN or infinity, so that integer codes cannot hide them.
     offset: what is added to every value, float, shaped like the quantizer's scale; None for nothing.
+    bins:   codes of 8 bits, int8, of which `codes` are the upper bits, where they are what is kept; else None.
     """
 
     values: Tensor
     codes: Tensor
     step: Tensor
     offset: Tensor | None = None
+    bins: Tensor | None = None
 
 
 class Quantizer(nn.Module):
@@ -99,6 +101,11 @@ class Quantizer(nn.Module):
         """`quantize` for who multiplies codes: values are there for their gradient only (`gradient_carrier`)."""
         found = self.quantize(x)
         return found._replace(values=_Carrier.apply(found.values))
+
+    def keep_bins(self) -> None:
+        """From now on `quantize_codes` keeps one byte an element for its gradient. Raises ValueError for a method whose
+        gradient needs more."""
+        raise ValueError(f"compact is for activations of bbq, whose codes tell the slope; these are of {self.method}")
 
     # What every method shares ----------------------------------------------------------------------------------------
 

@@ -72,6 +72,7 @@ class BBQ(Quantizer):
     granularity_option = "rms"
     layer_activation_options: ClassVar[dict[str, Any]] = {"rms": "running"}  # causal; see the class docstring
     running_inverse_rms: Tensor
+    compact: bool = False  # whether the gradient goes by 256 bins, one byte an element, see `keep_bins`
 
     def __init__(
         self,
@@ -128,16 +129,27 @@ class BBQ(Quantizer):
         frozen = self.running_inverse_rms if self.rms == "running" and not self.training else None
         group = "row" if self.rms in ("row", "token") else "tensor"
         how = group, self.bits, self.zero_point, self.rotation, self.rms_gradient
-        weight_and_shares = self.rows is not None, self.ranks.size
-        values, codes, step, inverse_rms = FusedBellBox.apply(x, self.scale, frozen, *how, *weight_and_shares)
+        rest = self.rows is not None, self.ranks.size, self.compact
+        values, codes, step, inverse_rms, bins = FusedBellBox.apply(x, self.scale, frozen, *how, *rest)
         if self.rms == "running" and self.training:
             self._update_running_statistics(inverse_rms)
-        return Quantized(values, codes, step)
+        return Quantized(values, codes, step, bins=bins if self.compact else None)
+
+    def keep_bins(self) -> None:
+        if not self._is_published:
+            raise ValueError("compact is for the gradient of bbq as published, these activations have another")
+        self.compact = True
+
+    @property
+    def _is_published(self) -> bool:
+        return self.estimator == "bell" and self.normalise and not self.restore_rms and self.offset is None
 
     def _is_fused_for(self, x: Tensor) -> bool:
-        """Whether the C++ kernels quantize `x`: BBQ as published, on a CPU, within one process."""
-        published = self.estimator == "bell" and self.normalise and not self.restore_rms and self.offset is None
-        return published and self.ranks.group is None and computes(x)
+        """Whether `FusedBellBox` quantizes `x`: BBQ as published, within one process, where the C++ kernels compute;
+        with `compact`, which nothing else knows, everywhere."""
+        if not self._is_published or self.ranks.group is not None or x.dtype == torch.float64:
+            return False
+        return self.compact or computes(x)
 
     @property
     def _uses_running_rms(self) -> bool:

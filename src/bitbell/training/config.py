@@ -68,6 +68,8 @@ class TrainConfig:
     """Let q/k/v and gate/up projections share one activation quantizer."""
     integer_forward: bool = False
     """Multiply int8 codes with exact int32 sums in the forward pass, instead of floats that hold the same levels."""
+    compact: bool = False
+    """With integer_forward: keep one byte an activation for BBQ's gradient, known to one of 256 bins."""
 
     steps: int = 300
     """Optimizer steps."""
@@ -153,6 +155,7 @@ class TrainConfig:
             _check(self, name, value is None or value >= 1, "at least 1")
         _check(self, "learning_rate", self.learning_rate is None or 0 < self.learning_rate < math.inf, "positive")
         _check(self, "scale_rate", 0 < self.scale_rate < math.inf, "positive")
+        _check(self, "compact", self.integer_forward or not self.compact, "left out without integer_forward")
         _check(self, "weight_decay", 0 <= self.weight_decay < math.inf, "0 or more")
         _check(self, "clip", self.clip > 0, "positive")
         for name in ("beta1", "beta2"):

@@ -126,7 +126,8 @@ def build_run_model(config: TrainConfig, vocab_size: int) -> nn.Module:
     rules = config.rules or as_recipe(config.recipe)
     if rules is None:
         return model
-    return quantize(model, rules, share_inputs=config.share_inputs, integer_forward=config.integer_forward)
+    how = {"share_inputs": config.share_inputs, "integer_forward": config.integer_forward, "compact": config.compact}
+    return quantize(model, rules, **how)
 
 
 def load_run(run: str | Path) -> tuple[nn.Module, TrainConfig, int]:
