@@ -42,11 +42,11 @@ class Block(nn.Module):
         return self.second(torch.relu(self.first(x)))
 
 
-def stack(recipe: str, dtype: torch.dtype = torch.float32) -> nn.Sequential:
+def stack(recipe: str, dtype: torch.dtype = torch.float32, integer_forward: bool = False) -> nn.Sequential:
     """Three blocks, calibrated, the same on every rank."""
     torch.manual_seed(0)
     model = nn.Sequential(Block(32, 16), Block(16, 9), nn.Linear(9, 16), Block(16, 32)).to(dtype)
-    bitbell.quantize(model, {"2": None, "*": recipe})
+    bitbell.quantize(model, {"2": None, "*": recipe}, integer_forward=integer_forward)
     return bitbell.calibrate(model, torch.randn(6, 32, dtype=dtype))
 
 
@@ -58,9 +58,11 @@ def worst(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).abs().max() / b.abs().max().clamp_min(1e-12))
 
 
-def compare_with_whole(mesh: DeviceMesh, recipe: str, dtype: torch.dtype, **options: bool) -> dict[str, Any]:
+def compare_with_whole(
+    mesh: DeviceMesh, recipe: str, dtype: torch.dtype, integers: bool = False, **options: bool
+) -> dict[str, Any]:
     """One step of every rank on inputs of its own, against whole layers whose gradients are averaged."""
-    model = stack(recipe, dtype)
+    model = stack(recipe, dtype, integers)
     plain = copy.deepcopy(model)
     gather = LowBitGather(model, mesh, [model[i] for i in (0, 1, 3)], **options)
     torch.manual_seed(dist.get_rank() + 1)
@@ -248,6 +250,9 @@ def main(rank: int, ranks: int, folder: Path) -> None:
         for prefetch in (False, True):
             options = {"regather": regather, "prefetch": prefetch}
             found["whole"][f"float32 {options}"] = compare_with_whole(mesh, "bbq-w2a2", torch.float32, **options)
+    with native.using("auto"):
+        for recipe in ("bbq-w2a2", "quest-w4a4"):
+            found["whole"][f"integers {recipe}"] = compare_with_whole(mesh, recipe, torch.float32, integers=True)
     found["fsdp"] = train_llama(mesh, low_bit=False)
     found["gather"] = train_llama(mesh, low_bit=True)
     if ranks == 2:

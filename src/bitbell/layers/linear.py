@@ -145,7 +145,11 @@ class TrainedLayer(QuantizedLayer, nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.row_gather is not None:
             return self.row_gather.forward(self, x)
-        return self.multiply(x, _quantize(self.weight_quantizer, self.matrix, self.integer_forward))
+        return self.multiply(x, self.quantize_weight())
+
+    def quantize_weight(self) -> Quantized:
+        """The whole weight, quantized as training multiplies it."""
+        return _quantize(self.weight_quantizer, self.matrix, self.integer_forward)
 
     def multiply(self, x: Tensor, w: Quantized) -> Tensor:
         """The layer's output for input `x` (..., in_features) and its quantized weight `w`."""

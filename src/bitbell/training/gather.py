@@ -164,7 +164,8 @@ class _Rows:
         if self.twin is None:  # gradients of no elements, but of all parameters: who clips waits for every rank
             return rows + torch.stack([rows.sum(), *(part.sum() for part in parts.values())]).sum(), None
         self.twin._parameters.update(parts)
-        q = self.twin.train(self.layer.training).quantize(rows)
+        twin = self.twin.train(self.layer.training)
+        q = twin.quantize_codes(rows) if self.layer.integer_forward else twin.quantize(rows)
         return q.values, q
 
     def record(self, q: Quantized | None) -> Tensor:
@@ -196,7 +197,7 @@ class _Rows:
 
         Not compiled: collectives and hooks break graphs."""
         if not isinstance(layer.weight, DTensor):
-            return layer.multiply(x, layer.weight_quantizer.quantize(layer.matrix))
+            return layer.multiply(x, layer.quantize_weight())
         gathered = self.group.gathered(self)
         w = gathered.weight(self)
         with gathered.regathering(self, w.codes):
