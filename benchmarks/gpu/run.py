@@ -42,6 +42,7 @@ def main() -> int:
     if args.part:
         import_module(args.part).run(machine, Report(args.out / f"{args.part}.json"), args)
         return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a part does not outlive a script that is stopped
     args.out.mkdir(parents=True, exist_ok=True)
     wanted = args.only or [name for name in PARTS if name != "curves" or args.curves]
     results: dict[str, Any] = {"machine": machine.describe(), "command": sys.argv[1:], "parts": {}}
@@ -84,7 +85,6 @@ def run_part(name: str, args: argparse.Namespace) -> dict[str, Any]:
     begun = time.monotonic()
     with log.open("w") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         try:
             said, _ = process.communicate(timeout=limit + 60 * args.curves * (name == "curves") * 10)
             status = "finished" if process.returncode == 0 else f"stopped with exit status {process.returncode}"
