@@ -22,6 +22,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "generate": ("commands:generate", "text from a packed model or a run"),
     "bench": ("bench:bench", "speed and memory of a model on this machine"),
     "compare": ("compare:compare", "methods x bits x seeds x learning rates -> one fair table"),
+    "plan": ("plan:plan", "memory, bytes moved and time of a training on many GPUs"),
     "report": ("commands:report", "runs -> one HTML page with pictures"),
     "info": ("commands:info", "versions, hardware and the kernels in use"),
 }
