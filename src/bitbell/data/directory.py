@@ -162,12 +162,15 @@ class OutputFolder:
 
     def publish(self, description: Description) -> None:
         """Move everything into place, dataset.json last, and remove what belonged to an older data set."""
-        fields = {"format": FORMAT, "version": VERSION, **asdict(description)}
+        self.publish_fields({"format": FORMAT, "version": VERSION, **asdict(description)}, older=("*.tokens",))
+
+    def publish_fields(self, fields: dict[str, Any], older: tuple[str, ...]) -> None:
+        """`publish` a description of any format; older: patterns of the files of a data set that was there before."""
         with naming_the_file(self.out):
             _write_synced(self.partial / DESCRIPTION, json.dumps(fields, indent=2) + "\n")
             (self.out / DESCRIPTION).unlink(missing_ok=True)
             _sync_folder(self.out)
-            for file in self.out.glob("*.tokens"):
+            for file in (file for pattern in older for file in self.out.glob(pattern)):
                 file.unlink()
             for file in sorted(self.partial.iterdir(), key=lambda file: file.name == DESCRIPTION):
                 os.replace(file, self.out / file.name)
