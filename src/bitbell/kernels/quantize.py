@@ -7,7 +7,7 @@
     h = rotate(x)                                       blocks of `rotation`
     size = max(statistic(h) or what is given, smallest)
     v = (h - offset) / (size * divisor + divisor_plus)
-    code = clip(round(v + round_add), low, high) + code_plus, or by thresholds, or by the Gaussian CDF
+    code = clip(round(v + round_add), low, high) + code_plus, or by the Gaussian CDF
     step = (size or scale) * step_factor + step_plus
     value = (code - zero_point) * step + offset
 
@@ -18,7 +18,7 @@ Registered under `bitbell::`. The definitions here are plain PyTorch in float32;
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from bitbell.kernels import triton
 from bitbell.kernels.operators import pack_codes, packed_words, rotate, rotate_gradient
 
 STATISTICS = ("given", "rms", "absmax", "absmean")
-CODES = ("round", "table", "bell")
+CODES = ("round", "bell")
 SLOPES = ("identity", "window", "bell")
 RELATIVE = ("one", "scale", "inverse")
 SCALE_GRADIENTS = ("none", "level", "error", "sign")
@@ -39,9 +39,9 @@ class Plan(NamedTuple):
     """A quantizer as the numbers that its codes and its gradient need (a `native.InputPlan` with more to it).
 
     statistic: "given" (a tensor: a learned scale, or a running average), or measured over each row (by_row) or over
-    everything. codes: "round"; "table": how many thresholds are at most v, less 2**(bits-1); "bell": round(n Phi(v) -
-    1/2). step_from_scale: the step comes from the learned scale, not from the size. centred: whether the offset is
-    subtracted before rounding, not only added after.
+    everything. codes: "round", or "bell": clip(round(n Phi(v) - 1/2)) - n / 2 with n = 2**bits. step_from_scale: the
+    step comes from the learned scale, not from the size. centred: whether the offset is subtracted before rounding, not
+    only added after.
 
     dL/dh = dL/dy * slope * slope_factor * relative. slope: 1; 1 where window_low <= v <= window_high, else 0; or
     exp(-(bell_factor v)**2 / 2). relative: 1, scale / unit, or 1 / unit, where unit is what v is in. radial: the part
@@ -109,7 +109,7 @@ class Plan(NamedTuple):
         return cls(bits, rotation, *names, *gradient, bool(damped), *numbers)
 
 
-def mid_rise(bits: int) -> dict[str, float]:
+def mid_rise_codes(bits: int) -> dict[str, Any]:
     """The rounding to the nearest half-integer level, for a plan: clip(round(v - 1/2))."""
     half = 2 ** (bits - 1)
     return {"round_add": -0.5, "low": float(-half), "high": float(half - 1)}
@@ -131,7 +131,6 @@ def quantize_plan(
     scale: Tensor | None,
     size: Tensor | None,
     offset: Tensor | None,
-    table: Tensor | None,
     integers: list[int],
     numbers: list[float],
     narrow: torch.dtype,
@@ -139,16 +138,16 @@ def quantize_plan(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Values float32, centred codes int8, step and size float32 of `x` (..., C), by a `Plan`'s `encoded()`.
 
-    scale: the learned scale, (1,) or (rows, 1). size: what is given; the scale where it is None. table: thresholds,
-    (2**bits - 1,) float32. narrow: the type that gradients are rotated in. Without wants_values, the values are one
-    zero, expanded: they carry the gradient and no memory. The step is not finite wherever its part of x holds NaN or
-    infinity. The size that comes back is the measured one, or empty where it was given.
+    scale: the learned scale, (1,) or (rows, 1). size: what is given; the scale where it is None. narrow: the type that
+    gradients are rotated in. Without wants_values, the values are one zero, expanded: they carry the gradient and take
+    no memory. The step is not finite wherever its part of x holds NaN or infinity. The size that comes back is the
+    measured one, or empty where it was given.
     """
     plan = Plan.decoded(integers, numbers)
     h = rotate(x.float(), plan.rotation)
     measured = _size(plan, h)
     base = _base(plan, scale, size, measured)
-    codes = _codes(plan, _place(plan, h, base, offset), table)
+    codes = _codes(plan, _place(plan, h, base, offset))
     trace = 0 * (h.sum().reshape(1) if measured is None else measured)
     step = _step(plan, scale, base) + trace
     values = _no_values(x)
@@ -164,7 +163,6 @@ def _(
     scale: Tensor | None,
     size: Tensor | None,
     offset: Tensor | None,
-    table: Tensor | None,
     integers: list[int],
     numbers: list[float],
     narrow: torch.dtype,
@@ -183,7 +181,6 @@ def _(
     scale: Tensor | None,
     size: Tensor | None,
     offset: Tensor | None,
-    table: Tensor | None,
     integers: list[int],
     numbers: list[float],
     narrow: torch.dtype,
@@ -191,12 +188,12 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     plan = Plan.decoded(integers, numbers)
     if not x.numel() or not serves(plan, x):
-        return quantize_plan._init_fn(x, scale, size, offset, table, integers, numbers, narrow, wants_values)
+        return quantize_plan._init_fn(x, scale, size, offset, integers, numbers, narrow, wants_values)
     from bitbell.kernels.triton import launch
 
     values = torch.empty(x.shape, dtype=torch.float32, device=x.device) if wants_values else None
     codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
-    step, measured = launch.quantize(plan, x, scale, size, offset, table, values=values, codes=codes)
+    step, measured = launch.quantize(plan, x, scale, size, offset, values=values, codes=codes)
     return _no_values(x) if values is None else values, codes, step, measured
 
 
@@ -217,7 +214,6 @@ def quantize_gradient(
     scale: Tensor | None,
     size: Tensor | None,
     offset: Tensor | None,
-    table: Tensor | None,
     integers: list[int],
     numbers: list[float],
     narrow: torch.dtype,
@@ -236,7 +232,7 @@ def quantize_gradient(
     grad_x, grad_scale, grad_offset = x.new_empty(0), v.new_empty(0), v.new_empty(0)
     g = g.float()
     if plan.scale_gradient != "none" and scale is not None:
-        level = _codes(plan, v, table).float() - plan.zero_point
+        level = _codes(plan, v).float() - plan.zero_point
         if plan.scale_gradient == "error":
             level = level - torch.where(inside, v, 0.0)
         elif plan.scale_gradient == "sign":
@@ -261,7 +257,6 @@ def _(
     scale: Tensor | None,
     size: Tensor | None,
     offset: Tensor | None,
-    table: Tensor | None,
     integers: list[int],
     numbers: list[float],
     narrow: torch.dtype,
@@ -283,7 +278,6 @@ def _(
     scale: Tensor | None,
     size: Tensor | None,
     offset: Tensor | None,
-    table: Tensor | None,
     integers: list[int],
     numbers: list[float],
     narrow: torch.dtype,
@@ -291,10 +285,10 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     plan = Plan.decoded(integers, numbers)
     if not x.numel() or not serves(plan, x):
-        return quantize_gradient._init_fn(g, x, scale, size, offset, table, integers, numbers, narrow, wants_x)
+        return quantize_gradient._init_fn(g, x, scale, size, offset, integers, numbers, narrow, wants_x)
     from bitbell.kernels.triton import launch
 
-    grad_x, to_scale, to_offset = launch.gradient(plan, g, x, scale, size, offset, table, narrow, wants_x)
+    grad_x, to_scale, to_offset = launch.gradient(plan, g, x, scale, size, offset, narrow, wants_x)
     damping = x.numel() ** -0.5 if plan.damped else 1.0
     grad_scale, grad_offset = to_scale.new_empty(0), to_scale.new_empty(0)
     if plan.scale_gradient != "none" and scale is not None:
@@ -315,13 +309,12 @@ def encode_packed(
     scale: Tensor | None,
     size: Tensor | None,
     offset: Tensor | None,
-    table: Tensor | None,
     integers: list[int],
     numbers: list[float],
 ) -> tuple[Tensor, Tensor]:
     """`quantize_plan`'s codes packed as `pack_codes` does, (rows, packed_words(C, bits)) int32, and the step."""
     plan = Plan.decoded(integers, numbers)
-    _, codes, step, _ = quantize_plan._init_fn(x, scale, size, offset, table, integers, numbers, x.dtype, False)
+    _, codes, step, _ = quantize_plan._init_fn(x, scale, size, offset, integers, numbers, x.dtype, False)
     unsigned = (codes.to(torch.int16) + 2 ** (plan.bits - 1)).to(torch.uint8)
     return pack_codes(unsigned.reshape(-1, x.shape[-1]), plan.bits), step
 
@@ -332,7 +325,6 @@ def _(
     scale: Tensor | None,
     size: Tensor | None,
     offset: Tensor | None,
-    table: Tensor | None,
     integers: list[int],
     numbers: list[float],
 ) -> tuple[Tensor, Tensor]:
@@ -349,37 +341,34 @@ def _(
     scale: Tensor | None,
     size: Tensor | None,
     offset: Tensor | None,
-    table: Tensor | None,
     integers: list[int],
     numbers: list[float],
 ) -> tuple[Tensor, Tensor]:
     plan = Plan.decoded(integers, numbers)
     if not x.numel() or not serves(plan, x):
-        return encode_packed._init_fn(x, scale, size, offset, table, integers, numbers)
+        return encode_packed._init_fn(x, scale, size, offset, integers, numbers)
     from bitbell.kernels.triton import launch
 
     words = torch.empty(launch.packed_shape(x, plan.bits), dtype=torch.int32, device=x.device)
-    step, _ = launch.quantize(plan, x, scale, size, offset, table, words=words)
+    step, _ = launch.quantize(plan, x, scale, size, offset, words=words)
     return words, step
 
 
 def _keep(ctx: object, inputs: tuple[object, ...], output: tuple[Tensor, ...]) -> None:
-    x, scale, size, offset, table, integers, numbers, narrow, _ = inputs
+    x, scale, size, offset, integers, numbers, narrow, _ = inputs
     plan = Plan.decoded(integers, numbers)  # type: ignore[arg-type]
     measured = output[3] if plan.statistic != "given" else size
-    ctx.save_for_backward(x, scale, measured, offset, table)  # type: ignore[attr-defined]
+    ctx.save_for_backward(x, scale, measured, offset)  # type: ignore[attr-defined]
     ctx.how = integers, numbers, narrow  # type: ignore[attr-defined]
     ctx.mark_non_differentiable(*output[1:])  # type: ignore[attr-defined]
 
 
 def _backward(ctx: object, g: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    x, scale, size, offset, table = ctx.saved_tensors  # type: ignore[attr-defined]
+    x, scale, size, offset = ctx.saved_tensors  # type: ignore[attr-defined]
     wanted = ctx.needs_input_grad  # type: ignore[attr-defined]
     integers, numbers, narrow = ctx.how  # type: ignore[attr-defined]
     plan = Plan.decoded(integers, numbers)
-    grad_x, grad_scale, grad_offset = quantize_gradient(
-        g, x, scale, size, offset, table, integers, numbers, narrow, wanted[0]
-    )
+    grad_x, grad_scale, grad_offset = quantize_gradient(g, x, scale, size, offset, integers, numbers, narrow, wanted[0])
     to_scale = scale is not None and wanted[1] and plan.scale_gradient != "none"
     to_offset = offset is not None and wanted[3] and plan.offset_gradient != "none"
     return (
@@ -387,7 +376,7 @@ def _backward(ctx: object, g: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         grad_scale.to(scale.dtype) if to_scale else None,
         None,
         grad_offset.to(offset.dtype) if to_offset else None,
-        *[None] * 5,
+        *[None] * 4,
     )
 
 
@@ -438,12 +427,8 @@ def _place(plan: Plan, h: Tensor, base: Tensor, offset: Tensor | None) -> Tensor
     return centred / (base * plan.divisor + plan.divisor_plus)
 
 
-def _codes(plan: Plan, v: Tensor, table: Tensor | None) -> Tensor:
+def _codes(plan: Plan, v: Tensor) -> Tensor:
     half = 2 ** (plan.bits - 1)
-    if plan.codes == "table":
-        assert table is not None
-        codes = torch.searchsorted(table, v.contiguous(), right=True) - half
-        return torch.where(v.isnan(), -half, codes).to(torch.int8)
     if plan.codes == "bell":
         place = (v * math.sqrt(0.5)).erf() * half + (half - 0.5)
         codes = place.round().clamp(0, 2 * half - 1) - half
@@ -471,4 +456,4 @@ def _relative(plan: Plan, scale: Tensor | None, base: Tensor) -> Tensor | float:
     return scale.float() / unit
 
 
-__all__ = ["Plan", "encode_packed", "mid_rise", "quantize_gradient", "quantize_plan", "serves", "shapes"]
+__all__ = ["Plan", "encode_packed", "mid_rise_codes", "quantize_gradient", "quantize_plan", "serves", "shapes"]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bitbell.kernels.quantize import Plan, mid_rise_codes
 from bitbell.quantizers.base import Quantized
 from bitbell.quantizers.formula import FormulaQuantizer
 from bitbell.quantizers.steps import mid_rise, straight_through
@@ -29,3 +30,11 @@ class AbsMax(FormulaQuantizer):
         step = 2 * size / (2**self.bits - 1)
         code = mid_rise(h / step, self.bits)
         return Quantized(straight_through((code + 0.5) * step, h), code.to(torch.int8), step)
+
+    def plan(self) -> Plan | None:
+        measured, step = self.measured(), 2 / (2**self.bits - 1)
+        if measured is None:
+            return None
+        return Plan(
+            self.bits, self.rotation or 1, **measured, divisor=step, step_factor=step, **mid_rise_codes(self.bits)
+        )

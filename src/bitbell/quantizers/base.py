@@ -17,7 +17,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bitbell.kernels import ROTATION_BLOCK
+from bitbell.kernels import ROTATION_BLOCK, product_dtype, triton
+from bitbell.kernels.quantize import Plan, quantize_plan, serves
 from bitbell.quantizers.ranks import ALONE, Ranks, largest_over
 
 
@@ -97,8 +98,20 @@ class Quantizer(nn.Module):
         """The value of one level, from the stored scale; shaped like `scale`."""
         return self.scale
 
+    def plan(self) -> Plan | None:
+        """All of this quantizer in numbers, as it is now, for kernels that do it in one pass (`kernels.quantize`); None
+        where only `quantize` can."""
+        return None
+
+    def given_size(self) -> Tensor | None:
+        """What a plan whose statistic is "given" measures by, (1,) or (rows, 1); None: the scale."""
+        return None
+
     def quantize_codes(self, x: Tensor) -> Quantized:
         """`quantize` for who multiplies codes: values are there for their gradient only (`gradient_carrier`)."""
+        fused = self.fuse(x, wants_values=False)
+        if fused is not None:
+            return fused[0]
         found = self.quantize(x)
         return found._replace(values=_Carrier.apply(found.values))
 
@@ -108,6 +121,23 @@ class Quantizer(nn.Module):
         raise ValueError(f"compact is for activations of bbq, whose codes tell the slope; these are of {self.method}")
 
     # What every method shares ----------------------------------------------------------------------------------------
+
+    def fuse(self, x: Tensor, wants_values: bool = True) -> tuple[Quantized, Tensor] | None:
+        """`quantize` by the Triton kernels, and the size that they measured (empty where it was given); None where
+        they do not compute for `x`, or have not got this method. Without wants_values, values carry only a gradient.
+        """
+        if not triton.computes(x):
+            return None
+        self.check_input(x)
+        if self.scale_is_learned:
+            self.require_calibrated()
+        plan = self.plan()
+        if plan is None or not serves(plan, x) or (self.rows is not None and x.dim() != 2):
+            return None
+        scale, size = self.scale if self.scale_is_learned else None, self.given_size()
+        found = quantize_plan(x, scale, size, self.offset, *plan.encoded(), product_dtype(x), wants_values)
+        values, codes, step, measured = found
+        return Quantized(values, codes, step, None if self.offset is None else self.offset.detach()), measured
 
     def forward(self, x: Tensor) -> Tensor:
         return self.quantize(x).values

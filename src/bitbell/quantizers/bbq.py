@@ -32,7 +32,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from bitbell.kernels import ROTATION_BLOCK, product_dtype, rotate, rotate_gradient
+from bitbell.kernels import ROTATION_BLOCK, product_dtype, rotate, rotate_gradient, triton
+from bitbell.kernels.quantize import Plan
 from bitbell.kernels.training import computes
 from bitbell.quantizers.base import Quantized, Quantizer, is_recomputing, sum_to, wide
 from bitbell.quantizers.fused_bbq import FusedBellBox
@@ -112,6 +113,9 @@ class BBQ(Quantizer):
     def quantize(self, x: Tensor) -> Quantized:
         self.check_input(x)
         self.require_calibrated()
+        fused = self.fuse(x)
+        if fused is not None:
+            return fused[0]
         frozen = self.running_inverse_rms if self._uses_running_rms and not self.training else None
         group = self.rms if self.normalise else "none"
         how = group, self.bits, self.zero_point, self.rotation, self.estimator, self.rms_gradient, self.rows is not None
@@ -149,7 +153,48 @@ class BBQ(Quantizer):
         with `compact`, which nothing else knows, everywhere."""
         if not self._is_published or self.ranks.group is not None or x.dtype == torch.float64:
             return False
-        return self.compact or computes(x)
+        return self.compact or (computes(x) and not triton.computes(x))
+
+    def fuse(self, x: Tensor, wants_values: bool = True) -> tuple[Quantized, Tensor] | None:
+        fused = super().fuse(x, wants_values)
+        if fused is not None and self._uses_running_rms and self.training:
+            self._update_running_statistics(1 / fused[1])
+        return fused
+
+    def given_size(self) -> Tensor | None:
+        return 1 / self.running_inverse_rms if self._uses_running_rms and not self.training else None
+
+    def plan(self) -> Plan | None:
+        """None with restore_rms, and where several processes share the RMS."""
+        frozen, by_row = self._uses_running_rms and not self.training, self.rms in ("row", "token")
+        measures = self.normalise and not frozen
+        if self._restores_rms or (measures and not by_row and self.ranks.group is not None):
+            return None
+        n, bell = 2**self.bits, self.estimator == "bell"
+        window = OPTIMAL_CLIP[self.bits] * n / (n - 1) if self.estimator == "trust" else bell_clip(self.bits)
+        return Plan(
+            self.bits,
+            self.rotation or 1,
+            statistic="rms" if measures else "given",
+            by_row=by_row and measures,
+            smallest=SMALLEST_SIZE if measures else 0.0,
+            divisor=1.0 if self.normalise else 0.0,
+            divisor_plus=0.0 if self.normalise else 1.0,
+            codes="bell",
+            zero_point=self.zero_point,
+            step_from_scale=True,
+            step_factor=2 / n,
+            slope="bell" if bell else "identity" if self.estimator == "identity" else "window",
+            slope_factor=math.sqrt(2 / math.pi) if bell else 1.0,
+            relative="scale" if bell else "one",
+            radial=bell and measures and self.rms_gradient,
+            window_low=-window,
+            window_high=window,
+            scale_gradient="level",
+            scale_factor=2 / n / math.sqrt(self.ranks.size),
+            offset_gradient="none" if self.offset is None else "all",
+            offset_factor=1 / math.sqrt(self.ranks.size),
+        )
 
     @property
     def _uses_running_rms(self) -> bool:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from bitbell.kernels import product_dtype, rotate, rotate_gradient
+from bitbell.kernels import product_dtype, rotate, rotate_gradient, triton
 from bitbell.quantizers.base import Quantized, Quantizer, is_recomputing, wide
-from bitbell.quantizers.steps import RUNNING_DECAY, size_of
+from bitbell.quantizers.steps import RUNNING_DECAY, SMALLEST_SIZE, size_of
 
 
 class FormulaQuantizer(Quantizer):
@@ -62,11 +62,12 @@ class FormulaQuantizer(Quantizer):
 
     def quantize(self, x: Tensor) -> Quantized:
         self.check_input(x)
-        frozen = None
         if self.statistic is None or self.granularity == "running":
             self.require_calibrated()
-        if self.statistic is not None and self.granularity == "running" and not self.training:
-            frozen = self.running_size
+        fused = self.fuse(x)
+        if fused is not None:
+            return fused[0]
+        frozen = self.given_size()
         if torch.compiler.is_compiling():
             *quantized, size = checkpoint(self._evaluate, x, frozen, use_reentrant=False)
         else:
@@ -74,6 +75,27 @@ class FormulaQuantizer(Quantizer):
         if self.granularity == "running" and self.statistic is not None and self.training:
             self._update_running_size(size)
         return Quantized(*quantized)
+
+    def fuse(self, x: Tensor, wants_values: bool = True) -> tuple[Quantized, Tensor] | None:
+        if self.granularity == "running" and triton.computes(x):
+            self.require_calibrated()
+        fused = super().fuse(x, wants_values)
+        if fused is not None and self.granularity == "running" and self.statistic is not None and self.training:
+            self._update_running_size(fused[1])
+        return fused
+
+    def given_size(self) -> Tensor | None:
+        measures_by_average = self.statistic is not None and self.granularity == "running" and not self.training
+        return self.running_size if measures_by_average else None
+
+    def measured(self) -> dict[str, Any] | None:
+        """The part of a plan that says what is measured; None for what one process cannot measure alone."""
+        if self.statistic is None or self.given_size() is not None:
+            return {"statistic": "given", "smallest": SMALLEST_SIZE}
+        by_row = self.granularity in ("row", "token")
+        if not by_row and self.ranks.group is not None:
+            return None
+        return {"statistic": self.statistic, "by_row": by_row, "smallest": SMALLEST_SIZE}
 
     def _evaluate(self, x: Tensor, frozen: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
         h = rotate(wide(x), self.rotation)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from bitbell.kernels import product_dtype, rotate, rotate_gradient
+from bitbell.kernels.quantize import Plan, mid_rise_codes
 from bitbell.quantizers.base import Quantized, Quantizer, sum_to, wide
 from bitbell.quantizers.ranks import ALONE, Ranks
 from bitbell.quantizers.steps import SMALLEST_SIZE, size_of
@@ -41,7 +42,24 @@ class LSQ(Quantizer):
     def quantize(self, x: Tensor) -> Quantized:
         self.check_input(x)
         self.require_calibrated()
+        fused = self.fuse(x)
+        if fused is not None:
+            return fused[0]
         return Quantized(*_LearnedStep.apply(x, self.scale, self.bits, self.rotation, self.ranks.size))
+
+    def plan(self) -> Plan:
+        half = 2 ** (self.bits - 1)
+        return Plan(
+            self.bits,
+            self.rotation or 1,
+            smallest=SMALLEST_SIZE,
+            **mid_rise_codes(self.bits),
+            slope="window",
+            window_low=0.5 - half,
+            window_high=half - 0.5,
+            scale_gradient="error",
+            scale_factor=1 / math.sqrt(_top(self.bits) * self.ranks.size),
+        )
 
     def initial_scale(self, x: Tensor) -> Tensor:
         return lsq_start(rotate(wide(x), self.rotation), self.bits, self.rows is not None, self.ranks)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from bitbell.kernels import rotate
+from bitbell.kernels.quantize import Plan, mid_rise_codes
 from bitbell.quantizers.base import Quantized, wide
 from bitbell.quantizers.formula import FormulaQuantizer
 from bitbell.quantizers.ranks import mean_over
@@ -50,6 +51,24 @@ class LSQPlus(FormulaQuantizer):
         code = round_through((centred / step - 0.5).clamp(-half, half - 1))
         values = (code + 0.5) * step
         return Quantized(values if offset is None else values + offset, code.detach().to(torch.int8), step, offset)
+
+    def plan(self) -> Plan:
+        half = 2 ** (self.bits - 1)
+        factor = 1 / math.sqrt(max(half - 1, 1) * self.ranks.size)
+        return Plan(
+            self.bits,
+            self.rotation or 1,
+            smallest=SMALLEST_SIZE,
+            centred=self.offset is not None,
+            **mid_rise_codes(self.bits),
+            slope="window",
+            window_low=0.5 - half,
+            window_high=half - 0.5,
+            scale_gradient="error",
+            scale_factor=factor,
+            offset_gradient="outside" if self.offset is not None else "none",
+            offset_factor=factor,
+        )
 
     def initial_scale(self, x: Tensor) -> Tensor:
         h = rotate(wide(x), self.rotation)

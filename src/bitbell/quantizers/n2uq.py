@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from bitbell.kernels import rotate
+from bitbell.kernels.quantize import Plan
 from bitbell.quantizers.base import Quantized, wide
 from bitbell.quantizers.formula import FormulaQuantizer
 from bitbell.quantizers.steps import round_through, size_of, straight_through
@@ -61,6 +62,14 @@ class N2UQ(FormulaQuantizer):
         through = h / scale if self.estimator == "published" else h
         values = straight_through((count - top / 2) * step, through)
         return Quantized(values, (count - 2 ** (self.bits - 1)).to(torch.int8), step)
+
+    def plan(self) -> Plan | None:
+        measured, half, top = self.measured(), 2 ** (self.bits - 1), 2**self.bits - 1
+        if measured is None:
+            return None
+        codes = {"round_add": half - 0.5, "low": 0.0, "high": float(top), "code_plus": -float(half)}
+        slope = {"relative": "inverse", "slope_factor": 2 / top} if self.estimator == "published" else {}
+        return Plan(self.bits, self.rotation or 1, **measured, divisor=2 / half, step_factor=2 / half, **codes, **slope)
 
     def options(self) -> dict[str, Any]:
         return super().options() | {"estimator": self.estimator}

@@ -12,11 +12,13 @@ BBQ's, so that entropy and companding can be told apart.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bitbell.kernels import ROTATION_BLOCK
+from bitbell.kernels.quantize import Plan, mid_rise_codes
 from bitbell.quantizers.base import Quantized
 from bitbell.quantizers.formula import FormulaQuantizer
 from bitbell.quantizers.steps import mid_rise, straight_through
@@ -48,6 +50,14 @@ class Narrow(FormulaQuantizer):
         code = mid_rise(h / threshold_step, self.bits)
         inside = h.abs() <= 2 ** (self.bits - 1) * threshold_step
         return Quantized(straight_through((code + 0.5) * step, h, inside), code.to(torch.int8), step)
+
+    def plan(self) -> Plan | None:
+        measured, half = self.measured(), float(2 ** (self.bits - 1))
+        if measured is None:
+            return None
+        steps: dict[str, Any] = {"divisor": WIDEST_ENTROPY_STEP[self.bits], "step_factor": self.level_step}
+        window: dict[str, Any] = {"slope": "window", "window_low": -half, "window_high": half}
+        return Plan(self.bits, self.rotation or 1, **measured, **steps, **mid_rise_codes(self.bits), **window)
 
     def bin_width(self, x: Tensor) -> Tensor:
         return super().bin_width(x) * (WIDEST_ENTROPY_STEP[self.bits] / self.level_step)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bitbell.kernels import rotate
+from bitbell.kernels.quantize import Plan, mid_rise_codes
 from bitbell.quantizers.base import Quantized, wide
 from bitbell.quantizers.formula import FormulaQuantizer
 from bitbell.quantizers.lsq import lsq_start
@@ -41,6 +42,22 @@ class PACT(FormulaQuantizer):
         # The clipped input carries both gradients: to h inside the clip, to the clip itself beyond it.
         clipped = torch.clamp(h, -clip, clip)
         return Quantized(straight_through((code + 0.5) * step, clipped), code.to(torch.int8), step)
+
+    def plan(self) -> Plan:
+        steps = 2**self.bits - 1
+        return Plan(
+            self.bits,
+            self.rotation or 1,
+            smallest=SMALLEST_SIZE,
+            divisor=2 / steps,
+            step_factor=2 / steps,
+            **mid_rise_codes(self.bits),
+            slope="window",
+            window_low=-steps / 2,
+            window_high=steps / 2,
+            scale_gradient="sign",
+            damped=False,
+        )
 
     def initial_scale(self, x: Tensor) -> Tensor:
         step = lsq_start(rotate(wide(x), self.rotation), self.bits, self.rows is not None, self.ranks)

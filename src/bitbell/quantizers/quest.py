@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from bitbell.kernels import ROTATION_BLOCK, product_dtype, rotate, rotate_gradient
+from bitbell.kernels.quantize import Plan, mid_rise_codes
 from bitbell.quantizers.base import Quantized, Quantizer, wide
 from bitbell.quantizers.ranks import Ranks, mean_over
 from bitbell.quantizers.steps import BELL_SCALE, OPTIMAL_CLIP
@@ -64,11 +65,41 @@ class QuEST(Quantizer):
 
     def quantize(self, x: Tensor) -> Quantized:
         self.check_input(x)
+        fused = self.fuse(x)
+        if fused is not None:
+            return fused[0]
         n = 2**self.bits
         mask_scale = n / (n - 1) if self.mask_scale is None else self.mask_scale
         mask_scale = 1.0 if self.estimator == "clip" else mask_scale
         how = self.bits, mask_scale, self.rotation, self.estimator, self.ranks
         return Quantized(*_TrustQuantize.apply(x, self.rms == "tensor", *how))
+
+    def plan(self) -> Plan | None:
+        if self.rms == "tensor" and self.ranks.group is not None:
+            return None
+        n = 2**self.bits
+        clip_steps = (n - 1) / 2  # the clip, in steps
+        mask = n / (n - 1) if self.mask_scale is None else self.mask_scale
+        window = clip_steps * (1.0 if self.estimator == "clip" else mask)
+        slope = {"trust": "window", "clip": "window", "identity": "identity", "bell": "bell"}[self.estimator]
+        bell = self.estimator == "bell"
+        factor, plus = OPTIMAL_CLIP[self.bits] / clip_steps, 1e-8 / clip_steps
+        return Plan(
+            self.bits,
+            self.rotation or 1,
+            statistic="rms",
+            by_row=self.rms != "tensor",
+            divisor=factor,
+            divisor_plus=plus,
+            step_factor=factor,
+            step_plus=plus,
+            **mid_rise_codes(self.bits),
+            slope=slope,
+            window_low=-window,
+            window_high=window,
+            bell_factor=factor,
+            slope_factor=BELL_SCALE * math.sqrt(2 / math.pi) if bell else 1.0,
+        )
 
     def initial_scale(self, x: Tensor) -> Tensor:
         clip = _clip(rotate(wide(x), self.rotation), self.rms == "tensor", self.bits, self.ranks)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from bitbell.kernels import rotate
+from bitbell.kernels.quantize import Plan, mid_rise_codes
 from bitbell.quantizers.base import Quantized, wide
 from bitbell.quantizers.formula import FormulaQuantizer
 from bitbell.quantizers.steps import at_least, mid_rise, round_through, scale_gradient, size_of, straight_through
@@ -47,6 +48,25 @@ class SEQ(FormulaQuantizer):
             return Quantized(2 * (code + 0.5) * reach + through, code.to(torch.int8), 2 * reach)
         code = round_through(ratio.clamp(-CLIP, CLIP) * m - 0.5)
         return Quantized((code + 0.5) * (reach / m), code.detach().to(torch.int8), reach / m)
+
+    def plan(self) -> Plan:
+        m = 2 ** (self.bits - 1)
+        codes = mid_rise_codes(self.bits)
+        if self.bits > 1:
+            codes |= {"low": float(round(-CLIP * m - 0.5)), "high": float(round(CLIP * m - 0.5))}
+        return Plan(
+            self.bits,
+            self.rotation or 1,
+            smallest=SMALLEST_RANGE,
+            divisor=1 / m,
+            step_factor=2.0 if self.bits == 1 else 1 / m,
+            **codes,
+            slope="window",
+            window_low=-CLIP * m,
+            window_high=CLIP * m,
+            scale_gradient="level" if self.bits == 1 else "error",
+            scale_factor=(2.0 if self.bits == 1 else 1 / m) / math.sqrt(max(m - 1, 1) * self.ranks.size),
+        )
 
     def initial_scale(self, x: Tensor) -> Tensor:
         statistic = "absmean" if self.bits == 1 else "absmax"

@@ -10,9 +10,12 @@ Activations go with absmax by default, as in BitNet; TriLM leaves them alone (`t
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from bitbell.kernels.quantize import Plan
 from bitbell.quantizers.base import Quantized
 from bitbell.quantizers.formula import FormulaQuantizer
 from bitbell.quantizers.steps import straight_through
@@ -42,3 +45,10 @@ class Ternary(FormulaQuantizer):
     def formula(self, h: Tensor, size: Tensor) -> Quantized:
         code = (h / size).round().clamp(-1, 1)
         return Quantized(straight_through(code * size, h), code.to(torch.int8), size)
+
+    def plan(self) -> Plan | None:
+        measured = self.measured()
+        if measured is None:
+            return None
+        codes: dict[str, Any] = {"round_add": 0.0, "low": -1.0, "high": 1.0, "zero_point": 0.0}
+        return Plan(self.bits, self.rotation or 1, **measured, **codes)

@@ -1,9 +1,9 @@
 """Launches of the quantizers' kernels: tensors and a plan in, tensors out. Imports Triton.
 
 How many programs: a multiprocessor of an H200 keeps 4.8 TB/s / 132 busy with about 25 KB on the way, which is two
-tiles, and three or four programs of eight warps fit into it. So there should be at least 4 x 132 programs, and from there on each
-should take several tiles, since it reads the rotation's matrix (32 KB, two tiles) from the cache first. A row that is
-measured belongs to one program; where the size is given, rows are cut into ranges of columns too.
+tiles, and three or four programs of eight warps fit into it. So there should be at least 4 x 132 programs, and from
+there on each should take several tiles, since it reads the rotation's matrix (32 KB, two tiles) from the cache first. A
+row that is measured belongs to one program; where the size is given, rows are cut into ranges of columns too.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bitbell.kernels.operators import hadamard, packed_words
 from bitbell.kernels.quantize import Plan, shapes
+from bitbell.kernels.thresholds import bell_thresholds
 from bitbell.kernels.triton.gradient import gradient_kernel
 from bitbell.kernels.triton.quantize import measure_kernel, quantize_kernel
 
@@ -59,14 +60,15 @@ def quantize(
     scale: Tensor | None,
     size: Tensor | None,
     offset: Tensor | None,
-    table: Tensor | None,
     *,
+    table: Tensor | None = None,
     values: Tensor | None = None,
     codes: Tensor | None = None,
     words: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Fill `values` float32, `codes` int8 and `words` int32, whichever there are; returns the step and the measured
-    size (empty where it was given). x (..., C), not empty."""
+    size (empty where it was given). x (..., C), not empty. table: thresholds to compare v with, (2**bits - 1,) float32,
+    instead of what the plan says."""
     x = x.contiguous()
     columns = x.shape[-1]
     rows = x.numel() // columns
@@ -77,6 +79,7 @@ def quantize(
     step = _known_step(plan, scale, base, step_shape) if given else measured.new_empty(step_shape)
     tiling = Tiling.of(rows, columns, TILE, whole_rows=not given and plan.by_row)
     partials = None if given or plan.by_row else _measure(plan, x)
+    table = _bell_table(plan, x.device) if table is None else table
     with torch.cuda.device_of(x):
         quantize_kernel[tiling.grid](
             x, scale, base, offset, partials, table, rotation_matrix(plan.rotation, x.device),
@@ -86,7 +89,8 @@ def quantize(
             PARTIALS=1 if partials is None else partials.numel(),
             BITS=plan.bits, ROTATION=plan.rotation, STATISTIC=plan.statistic, BY_ROW=plan.by_row,
             SIZE_ROWS=_by_row(base), SCALE_ROWS=_by_row(scale), STEP_ROWS=len(step_shape) > 1,
-            CODES=plan.codes, STEP_FROM_SCALE=plan.step_from_scale, CENTRED=plan.centred and offset is not None,
+            CODES=plan.codes if table is None else "table",
+            STEP_FROM_SCALE=plan.step_from_scale, CENTRED=plan.centred and offset is not None,
             ADD=plan.round_add, LOW=plan.low, HIGH=plan.high, PLUS=plan.code_plus,
             TILE=TILE, SPAN=tiling.span, BLOCK=BLOCK, num_warps=WARPS,
         )  # fmt: skip
@@ -100,7 +104,6 @@ def gradient(
     scale: Tensor | None,
     size: Tensor | None,
     offset: Tensor | None,
-    table: Tensor | None,
     narrow: torch.dtype,
     wants_x: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
@@ -114,7 +117,7 @@ def gradient(
     sums = torch.empty((3, rows, tiling.grid[1] * tiling.span), dtype=torch.float32, device=x.device)
     grad = torch.empty_like(x) if wants_x else None
     base = scale if size is None else size
-    along = None
+    along, table = None, _bell_table(plan, x.device)
     with torch.cuda.device_of(x):
         for part in ("sum", "given") if radial == "sum" else (radial,):
             gradient_kernel[tiling.grid](
@@ -123,7 +126,7 @@ def gradient(
                 plan.smallest, plan.divisor, plan.divisor_plus, plan.zero_point,
                 plan.window_low, plan.window_high, plan.bell_factor, plan.slope_factor,
                 BITS=plan.bits, ROTATION=plan.rotation, SIZE_ROWS=_by_row(base), SCALE_ROWS=_by_row(scale),
-                CODES=plan.codes, CENTRED=plan.centred and offset is not None,
+                CODES=plan.codes if table is None else "table", CENTRED=plan.centred and offset is not None,
                 ADD=plan.round_add, LOW=plan.low, HIGH=plan.high, PLUS=plan.code_plus,
                 SLOPE=plan.slope, RELATIVE=plan.relative, RADIAL=part,
                 SCALE_GRADIENT="none" if scale is None else plan.scale_gradient,
@@ -157,6 +160,17 @@ def _known_step(plan: Plan, scale: Tensor | None, base: Tensor | None, shape: tu
     if not plan.step_from_scale:
         source = source.clamp_min(plan.smallest)
     return (source * plan.step_factor + plan.step_plus).expand(shape).contiguous()
+
+
+def _bell_table(plan: Plan, device: torch.device) -> Tensor | None:
+    """Up to 4 bits, comparing is faster than the Gaussian CDF."""
+    return _bell_thresholds_on(plan.bits, device) if plan.codes == "bell" and plan.bits <= 4 else None
+
+
+@lru_cache(maxsize=32)
+def _bell_thresholds_on(bits: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return bell_thresholds(bits).to(device)
 
 
 def _by_row(t: Tensor | None) -> bool:
