@@ -1,0 +1,84 @@
+"""One process of several: trains the runs of a list together with the others, and writes down what happened.
+
+python distributed_ranks.py RANK SIZE FOLDER, with FOLDER/jobs-SIZE.json: [{"name": ..., "config": ..., "stop_at": ...}]
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from bitbell.kernels import native
+from bitbell.models.presets import PRESETS, Preset
+from bitbell.training import TrainConfig, loop, train
+from bitbell.training.distributed import local_part
+
+MICRO = Preset(layers=2, width=64, heads=2, feed_forward=128, learning_rate=4e-3, tokens=1e4, vocabulary=300)
+
+
+class Watch:
+    """Looks into the run that `train` makes: what the last step sent, and how far the processes' state is apart."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank, self.seen = rank, {}  # type: ignore[var-annotated]
+        self.stop_at: int | None = None
+        take_step, save = loop._Run._take_step, loop.save_checkpoint
+
+        def watched_step(run: Any) -> None:
+            if run.step == self.stop_at and rank == 1:
+                run.stop_requested = True  # as a signal to this process alone would do
+            if run.step != 1:
+                return take_step(run)
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+                take_step(run)
+            self.seen["messages"] = {e.key: e.count for e in profile.key_averages() if "c10d" in e.key}
+            return None
+
+        def watched_save(run: Path, step: int, model: nn.Module, *rest: Any) -> Any:
+            self.seen["apart"] = max(map(apart, [*model.buffers(), *model.parameters()]))
+            self.seen["largest part"] = max(local_part(p).numel() / p.numel() for p in model.parameters())
+            return save(run, step, model, *rest)
+
+        loop._Run._take_step, loop.save_checkpoint = watched_step, watched_save  # type: ignore[method-assign]
+
+
+def apart(tensor: Tensor) -> float:
+    """The largest difference between what any two processes have of a tensor that all hold whole."""
+    if local_part(tensor) is not tensor:
+        return 0.0
+    values = tensor.detach().double()
+    both = torch.stack([values, -values])
+    dist.all_reduce(both, dist.ReduceOp.MAX)
+    return float((both[0] + both[1]).max())
+
+
+def main(rank: int, size: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    native.set_level(native.REFERENCE)
+    PRESETS.update({"micro": MICRO, "micro-gpt": replace(MICRO, architecture="gpt")})
+    meeting, patience = f"file://{folder / f'meeting-{size}'}", timedelta(seconds=100)
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=size, timeout=patience)
+    watch = Watch(rank)
+    found: dict[str, Any] = {}
+    for job in json.loads((folder / f"jobs-{size}.json").read_text()):
+        watch.seen, watch.stop_at = {}, job.get("stop_at")
+        try:
+            result = train(TrainConfig(**job["config"]))
+            found[job["name"]] = {"status": result.status, "step": result.step, **watch.seen}
+        except Exception as error:
+            found[job["name"]] = {"error": f"{type(error).__name__}: {error}"}
+    (folder / f"found-{size}-{rank}.json").write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
