@@ -49,15 +49,16 @@ void quantize_tensor(const Kernels& kernels, const InputPlan& given_plan, const 
   parallel_for(threads, x.rows, 1, [&](int64_t begin, int64_t end, int) {
     Room room(x.k);
     std::vector<int8_t> padded(static_cast<size_t>(room.stride));
+    const bool fine = kept && kept_type == kInt8, fits = x.k == room.stride && !fine;
     for (int64_t i = begin; i < end; i++) {
       void* keep = kept ? static_cast<char*>(kept) + i * kept_bytes : nullptr;
-      const bool fine = kept && kept_type == kInt8;
-      training.quantize(plan, x.row(i), x.type, x.k, padded.data(), &sizes[static_cast<size_t>(i)], room[0], fine ? nullptr : keep, kept_type);
+      int8_t* to = fits ? codes + i * x.k : padded.data();
+      training.quantize(plan, x.row(i), x.type, x.k, to, &sizes[static_cast<size_t>(i)], room[0], fine ? nullptr : keep, kept_type);
       if (fine) {
-        std::copy(padded.data(), padded.data() + x.k, static_cast<int8_t*>(keep));
+        std::copy(to, to + x.k, static_cast<int8_t*>(keep));
         for (int8_t& code : padded) code = static_cast<int8_t>(code >> (8 - bits));
       }
-      std::copy(padded.data(), padded.data() + x.k, codes + i * x.k);
+      if (!fits) std::copy(to, to + x.k, codes + i * x.k);
     }
   });
   if (by_row) {
