@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bitbell.kernels import product_dtype, rotate
+from bitbell.kernels import product_dtype, rotate, triton
 from bitbell.layers.product import grid_of, integer_linear
 from bitbell.layers.recipes import Recipe
 from bitbell.quantizers import Quantized, Quantizer
@@ -76,9 +76,13 @@ class QuantizedLayer:
     def quantize_input(self, x: Tensor) -> Quantized:
         """Codes and step of the layer's input."""
         if self.shared_input is not None:
-            return self.shared_input.quantize(x, self.place_in_shared_input, self.integer_forward)
+            return self.shared_input.quantize(x, self.place_in_shared_input, self._needs_only_codes(x))
         assert self.activation_quantizer is not None
-        return _quantize(self.activation_quantizer, x, self.integer_forward)
+        return _quantize(self.activation_quantizer, x, self._needs_only_codes(x))
+
+    def _needs_only_codes(self, x: Tensor) -> bool:
+        """Whether to quantize without values but for their gradient."""
+        return self.integer_forward
 
     def quantizer_input(self, x: Tensor) -> Tensor:
         """What the activation quantizer sees of the layer's input `x`: groups that share a statistic last."""
@@ -149,7 +153,12 @@ class TrainedLayer(QuantizedLayer, nn.Module):
 
     def quantize_weight(self) -> Quantized:
         """The whole weight, quantized as training multiplies it."""
-        return _quantize(self.weight_quantizer, self.matrix, self.integer_forward)
+        matrix = self.matrix
+        return _quantize(self.weight_quantizer, matrix, self._needs_only_codes(matrix))
+
+    def _needs_only_codes(self, x: Tensor) -> bool:
+        # A product of codes takes only the gradient from values; where the definitions compute, they are there anyway.
+        return self.integer_forward or (self.activation_quantizer is not None and triton.computes(x))
 
     def multiply(self, x: Tensor, w: Quantized) -> Tensor:
         """The layer's output for input `x` (..., in_features) and its quantized weight `w`."""

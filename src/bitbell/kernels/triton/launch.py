@@ -92,7 +92,7 @@ def quantize(
             CODES=plan.codes if table is None else "table",
             STEP_FROM_SCALE=plan.step_from_scale, CENTRED=plan.centred and offset is not None,
             ADD=plan.round_add, LOW=plan.low, HIGH=plan.high, PLUS=plan.code_plus,
-            TILE=TILE, SPAN=tiling.span, BLOCK=BLOCK, num_warps=WARPS,
+            TILE=TILE, SPAN=tiling.span, BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=True,
         )  # fmt: skip
     return step, measured
 
@@ -132,7 +132,7 @@ def gradient(
                 SCALE_GRADIENT="none" if scale is None else plan.scale_gradient,
                 OFFSET_GRADIENT="none" if offset is None else plan.offset_gradient,
                 NARROW=NARROW.get(narrow, tl.float32), TILE=GRADIENT_TILE, SPAN=tiling.span,
-                BLOCK=BLOCK, num_warps=WARPS, num_stages=2,
+                BLOCK=BLOCK, num_warps=WARPS, num_stages=2, enable_fp_fusion=True,
             )  # fmt: skip
             if part == "sum":
                 along = sums[2].sum() / x.numel()
@@ -147,7 +147,16 @@ def _measure(plan: Plan, x: Tensor) -> Tensor:
     matrix = rotation_matrix(plan.rotation, x.device)
     with torch.cuda.device_of(x):
         measure_kernel[(programs,)](
-            x, matrix, partials, x.numel(), plan.statistic, plan.rotation, TILE=TILE, BLOCK=BLOCK, num_warps=WARPS
+            x,
+            matrix,
+            partials,
+            x.numel(),
+            plan.statistic,
+            plan.rotation,
+            TILE=TILE,
+            BLOCK=BLOCK,
+            num_warps=WARPS,
+            enable_fp_fusion=True,
         )
     return partials
 
