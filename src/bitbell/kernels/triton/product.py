@@ -214,6 +214,7 @@ def _many(
         width,
         epilogue.step_stride(),
         BITS=bits if bits <= 4 else 8,
+        HALF=2 ** (bits - 1),
         FIELDS=fields_of(bits),
         ROWS=tile.rows,
         OUTPUTS=tile.outputs,

@@ -116,8 +116,7 @@ def _output(
     """Sums of products with unsigned codes (BASE above centred ones) -> outputs float32, in the reference's order."""
     total -= BASE * x_sum
     if WIDE:
-        y = total.to(tl.float64) - w_zero.to(tl.float64) * x_sum.to(tl.float64)
-        y = y - x_zero.to(tl.float64) * w_sum.to(tl.float64) + constant.to(tl.float64)
+        y = total.to(tl.float64) - w_zero * x_sum.to(tl.float64) - x_zero * w_sum.to(tl.float64) + constant
         y = y.to(tl.float32)
     else:
         y = total.to(tl.float32) - w_zero * x_sum.to(tl.float32) - x_zero * w_sum.to(tl.float32) + constant
@@ -346,6 +345,7 @@ def many_kernel(
     WIDTH,
     step_stride,
     BITS: tl.constexpr,
+    HALF: tl.constexpr,
     FIELDS: tl.constexpr,
     BASE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -411,7 +411,7 @@ def many_kernel(
                 codes = _tile_codes(low, high, f, BITS, ASSEMBLY)
             if KIND == "floats":
                 if TABLE:
-                    levels = tl.load(table_ptr + (codes.to(tl.int32) + 2 ** (BITS - 1) - BASE))
+                    levels = tl.load(table_ptr + (codes.to(tl.int32) + HALF - BASE))
                 else:
                     levels = codes.to(tl.float32) - (w_zero + BASE)
                 if not ASSEMBLY:  # the interpreter has no bfloat16 products
