@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from bitbell.kernels import integer_product, native, pack_codes, packed_words, rotate, unpack_codes
+from bitbell.kernels import integer_product, native, pack_codes, packed_words, rotate, triton, unpack_codes
 from bitbell.layers import QuantizedLayer, Recipe, TrainedLayer, shape_of
 from bitbell.layers.product import Grid, add_offsets, grid_of, levels_of
 from bitbell.packing import gpu
@@ -100,6 +100,9 @@ class PackedLinear(nn.Module, QuantizedLayer):
             return self._by_gpu(x)
         layer = self.native_layer() if self._suits_native(x) else None
         return self._reference(x) if layer is None else layer(x)
+
+    def _needs_only_codes(self, x: Tensor) -> bool:
+        return triton.computes(x)
 
     @torch.no_grad()
     def _by_gpu(self, x: Tensor) -> Tensor:
