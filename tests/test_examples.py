@@ -22,6 +22,7 @@ RUNS: dict[str, tuple[list[str], str]] = {
     "moving_average": (["--steps", "4"], "verified 14 layers"),
     "tied_weights": (["--steps", "4"], "verified 11 layers"),
     "adapters_on_packed": (["--steps", "8"], "10,240 trained numbers"),
+    "torchtitan_converter": (["--steps", "2"], "logits 0.0e+00"),
     "fine_tune": (["--pretraining", "6", "--steps", "6"], "2 bits: "),
 }
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -112,6 +112,18 @@ def _compile_rules(rules: Rules) -> list[tuple[str, Recipe | None]]:
             raise ValueError(f"rule {pattern!r} must give a Recipe, a recipe's name or None, got {value!r}")
         _check_pattern(pattern)
     return [(pattern, as_recipe(value)) for pattern, value in rules.items()]
+
+
+def recipes_by_rules(names: Sequence[str], rules: Rules) -> dict[str, Recipe | None]:
+    """The recipe of each name, by the first rule that matches it; None where there is none, or the rule says so.
+
+    For hosts that describe layers before they build them. Raises ValueError for a rule that matches no name.
+    """
+    compiled = _compile_rules(rules)
+    for pattern, _ in compiled:
+        if not any(_matches(pattern, name) for name in names):
+            raise ValueError(f"rule {pattern!r} matches no layer; they are called e.g. {', '.join(names[:3])}")
+    return {name: next((recipe for pattern, recipe in compiled if _matches(pattern, name)), None) for name in names}
 
 
 def _check_pattern(pattern: str) -> None:

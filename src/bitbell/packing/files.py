@@ -115,7 +115,7 @@ def describe(packed: PackedModel) -> dict[str, Any]:
     """The config.json of a packed model."""
     inner: Any = packed.model
     config: dict[str, Any] = {}
-    if hasattr(inner, "config"):
+    if hasattr(inner, "save_pretrained"):
         config = inner.config.to_dict() | {"architectures": [type(inner).__name__]}
         if isinstance(dtype := getattr(inner, "dtype", None), torch.dtype):  # transformers makes the model in it
             config["dtype"] = str(dtype).removeprefix("torch.")

@@ -29,7 +29,7 @@ class PackedModel(nn.Module):
         super().__init__()
         self.model = model.eval()
         inner: Any = model
-        if hasattr(inner, "config"):  # so that the model's own `save_pretrained` says how to read what it writes
+        if hasattr(inner, "save_pretrained"):  # so that it says how to read what it writes
             inner.config.quantization_config = quantization_of(model)
         self.kept_in_full_precision: dict[str, str] = model.__dict__.get("kept_in_full_precision", {})
 
