@@ -119,7 +119,7 @@ def serves(plan: Plan | None, x: Tensor) -> bool:
     """Whether the Triton kernels quantize `x` by this plan."""
     if plan is None or x.dtype == torch.float64 or not triton.computes(x):
         return False
-    return plan.rotation <= LARGEST_ROTATION
+    return plan.rotation <= LARGEST_ROTATION and x.dim() > 0 and x.shape[-1] % plan.rotation == 0
 
 
 # Operators ------------------------------------------------------------------------------------------------------------

@@ -104,6 +104,7 @@ class BBQ(Quantizer):
         self.rms = rms or ("tensor" if rows is None else "row")
         self.normalise, self.estimator, self.rms_gradient, self.start = normalise, estimator, rms_gradient, start
         self.restore_rms = restore_rms
+        self.clip_window = bell_clip(bits)
         self.scale.requires_grad_(learn_scale)
         if learn_offset:
             self.offset = nn.Parameter(torch.zeros_like(self.scale))
@@ -171,7 +172,8 @@ class BBQ(Quantizer):
         if self._restores_rms or (measures and not by_row and self.ranks.group is not None):
             return None
         n, bell = 2**self.bits, self.estimator == "bell"
-        window = OPTIMAL_CLIP[self.bits] * n / (n - 1) if self.estimator == "trust" else bell_clip(self.bits)
+        windows = {"trust": OPTIMAL_CLIP[self.bits] * n / (n - 1), "clip": self.clip_window}
+        window = windows.get(self.estimator, 0.0)
         return Plan(
             self.bits,
             self.rotation or 1,
