@@ -19,6 +19,7 @@ def bench(
     rounds: int = 5,
     threads: int | None = None,
     head_bits: Literal[8, 16] | None = None,
+    device: str = "auto",
     native: bool | None = None,
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> int:
@@ -31,13 +32,14 @@ def bench(
         rounds: Repetitions; medians are shown.
         threads: Threads of the C++ kernels and of torch; by default as many as torch takes.
         head_bits: Keep the output head and the embedding in 8 bits, or bfloat16 (16); native only.
+        device: auto (a GPU if there is one), cpu, cuda or cuda:N.
         native: The C++ step (True) or the model's modules (False); by default C++ where it can run the model.
         as_json: Print every number as JSON.
     """
     from bitbell.cli.commands import open_model
     from bitbell.serving import bench as run
 
-    loaded, _ = open_model(model)
+    loaded, _ = open_model(model, device)
     sizes = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "rounds": rounds}
     result = run(loaded, **sizes, threads=threads, head_bits=head_bits, native_step=native)
     print(json.dumps(result.to_dict(), indent=2) if as_json else describe(result))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from bitbell.training.config import TrainConfig
@@ -76,6 +77,7 @@ def evaluate(
     split: Literal["train", "valid"] = "valid",
     limit: int | None = None,
     batch_size: int = 8,
+    device: str = "auto",
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> int:
     """Loss, perplexity, bits per byte and code entropy.
@@ -87,12 +89,13 @@ def evaluate(
         split: Which split of the data.
         limit: Windows at most; by default all.
         batch_size: Windows at a time; changes no number, except under bbq-tensor recipes.
+        device: auto (a GPU if there is one), cpu, cuda or cuda:N.
         as_json: Print every number as JSON.
     """
     from bitbell.data import TokenDataset
     from bitbell.evaluation import evaluate as run
 
-    loaded, source = open_model(model)
+    loaded, source = open_model(model, device)
     dataset = TokenDataset.open(_data_of(source, data))
     _check_tokenizer(model, dataset.path)
     positions = getattr(getattr(loaded, "config", None), "max_position_embeddings", 128)
@@ -118,6 +121,7 @@ def pack(
     out: tyro.conf.Positional[str],
     /,
     license: str = "unknown",
+    device: str = "auto",
     overwrite: bool = False,
 ) -> int:
     """Write a run's model with its codes at their true width, and a model card.
@@ -126,6 +130,7 @@ def pack(
         run: Run directory.
         out: Directory of the packed model.
         license: Licence of the weights for the card, as Hugging Face abbreviates it, e.g. apache-2.0.
+        device: auto (a GPU if there is one), cpu, cuda or cuda:N.
         overwrite: Replace a packed model that is there already.
     """
     from bitbell.export import model_card
@@ -133,7 +138,7 @@ def pack(
     from bitbell.training import load_run
 
     model, _, step = load_run(run)
-    packed = pack_model(model)
+    packed = pack_model(model.to(_device(device)))
     card = model_card(packed, name=Path(out).resolve().name, run=run, license=license)
     folder = packed.save(out, tokenizer=run, card=card, overwrite=overwrite)
     before = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -149,6 +154,7 @@ def verify(
     /,
     data: str | None = None,
     limit: int | None = 64,
+    device: str = "auto",
 ) -> int:
     """Compare a run with its packed model; fails where they differ.
 
@@ -157,13 +163,15 @@ def verify(
         packed: Packed directory.
         data: Token data set for the perplexities; by default the run's, if it is there.
         limit: Windows to measure perplexity on.
+        device: auto (a GPU if there is one), cpu, cuda or cuda:N.
     """
     from bitbell.packing import load
     from bitbell.packing import verify as compare
     from bitbell.training import load_run
 
     model, config, _ = load_run(run)
-    twin = load(packed)
+    where = _device(device)
+    model, twin = model.to(where), load(packed, device=where)
     print(compare(model, twin))
     source = data or config.data
     if data is None and not (Path(source) / "dataset.json").exists():
@@ -176,10 +184,10 @@ def verify(
 def _compare_perplexity(model: nn.Module, twin: nn.Module, data: str, length: int, limit: int | None) -> int:
     from bitbell.data import TokenDataset, windows
     from bitbell.evaluation import measure_loss
-    from bitbell.kernels import native
+    from bitbell.kernels import native, triton
 
     tokens = windows(TokenDataset.open(data), "valid", sequence_length=length, limit=limit)
-    with native.using(native.REFERENCE):  # as `verify` itself: there the two agree in every bit
+    with native.using(native.REFERENCE), triton.using("off"):  # as `verify` itself: there the two agree in every bit
         before, after = (measure_loss(m, tokens, bytes_per_token=1.0) for m in (model, twin))
     print(f"perplexity {before.perplexity:.6f} trained, {after.perplexity:.6f} packed, over {before.tokens:,} tokens")
     if abs(before.loss - after.loss) > 1e-4:
@@ -197,6 +205,7 @@ def generate(
     top_k: int | None = 50,
     top_p: float | None = None,
     seed: int = 0,
+    device: str = "auto",
     native: bool | None = None,
     head_bits: Literal[8, 16] | None = None,
     threads: int | None = None,
@@ -210,7 +219,8 @@ def generate(
         temperature: 0 takes the likeliest token; higher is wilder.
         top_k: Choose among this many likeliest tokens.
         top_p: Choose among the likeliest tokens that make up this probability.
-        seed: One seed gives one text; the C++ step and the modules draw differently.
+        seed: One seed gives one text; the C++ step, the modules and the step on a GPU draw differently.
+        device: auto (a GPU if there is one), cpu, cuda or cuda:N.
         native: Take the C++ step (True) or the model's modules (False); by default C++ where it can run the model.
         head_bits: Keep the output head and the embedding in 8 bits, or bfloat16 (16). Changes the numbers; native only.
         threads: Threads of the C++ step; by default as many as torch uses.
@@ -218,7 +228,7 @@ def generate(
     from bitbell.serving import generate as run
     from bitbell.serving import load_tokenizer_of
 
-    loaded, _ = open_model(model)
+    loaded, _ = open_model(model, device)
     result = run(
         loaded,
         load_tokenizer_of(model),
@@ -270,12 +280,12 @@ def info() -> int:
     return 0
 
 
-def open_model(path: str) -> tuple[nn.Module, dict[str, Any]]:
-    """The model of a packed directory or a run, and what is known of how it was trained.
+def open_model(path: str, device: str = "cpu") -> tuple[nn.Module, dict[str, Any]]:
+    """The model of a packed directory or a run, on a device, and what is known of how it was trained.
 
-    Raises ValueError for a directory that is neither.
+    Raises ValueError for a directory that is neither, and for a device that is not there.
     """
-    file = Path(path) / "config.json"
+    file, where = Path(path) / "config.json", _device(device)
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -283,11 +293,21 @@ def open_model(path: str) -> tuple[nn.Module, dict[str, Any]]:
     if isinstance(values, dict) and "quantization_config" in values:
         from bitbell.packing import load
 
-        return load(path), {}
+        return load(path, device=where), {}
     from bitbell.training import load_run
 
     model, config, _ = load_run(path)
-    return model, config.to_dict()
+    return model.to(where), config.to_dict()
+
+
+def _device(name: str) -> torch.device:
+    import re
+
+    from bitbell.training.loop import pick_device
+
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    return pick_device(name)
 
 
 def _check_tokenizer(model: str, data: Path) -> None:

@@ -20,11 +20,13 @@ DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # of one mo
 LARGEST_UNSAVED_BUFFERS = 2**28  # bytes; rotary tables and the like, which a model builds and the file does not hold
 
 
-def load(directory: str | Path, *, model: nn.Module | None = None) -> PackedModel:
+def load(
+    directory: str | Path, *, model: nn.Module | None = None, device: torch.device | str | None = None
+) -> PackedModel:
     """Read a packed directory.
 
     model: for what is no Hugging Face causal language model, an instance of the same full-precision architecture; its
-    linear layers are replaced in place. Raises PackedFileError (a ValueError) naming file, tensor and problem for a
+    linear layers are replaced in place. device: where it goes, by default the CPU. Raises PackedFileError (a ValueError) naming file, tensor and problem for a
     directory that is damaged, of another version, or not what its own configuration says.
     """
     folder = Path(directory)
@@ -43,7 +45,8 @@ def load(directory: str | Path, *, model: nn.Module | None = None) -> PackedMode
     check_tensors(folder, twin, header)
     twin.load_state_dict(_read_tensors(folder / "model.safetensors", twin, tied), assign=True)
     check_values(folder, twin)
-    return PackedModel(twin.requires_grad_(False))
+    packed = PackedModel(twin.requires_grad_(False))
+    return packed if device is None else packed.to(device)
 
 
 def check_quantization(folder: Path, quantization: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bitbell.evaluation import logits_of
 from bitbell.evaluation.loss import device_of, evaluation_mode
-from bitbell.kernels import native
+from bitbell.kernels import native, triton
 from bitbell.layers import QuantConv2d, QuantizedLayer, TrainedLayer, quantized_layers
 from bitbell.packing.layers import PackedLinear, weight_step
 from bitbell.packing.model import PackedModel
@@ -61,7 +61,7 @@ def verify(model: nn.Module, packed: nn.Module, batch: Any = None) -> Verificati
     codes = sum(_compare_weights(name, trained[name], others[name]) for name in trained)
     if batch is None and hasattr(model, "config"):
         batch = _random_batch(model.config)
-    with evaluation_mode(model), evaluation_mode(twin), native.using(native.REFERENCE):
+    with evaluation_mode(model), evaluation_mode(twin), native.using(native.REFERENCE), triton.using("off"):
         inputs = _record_inputs(model, batch) if batch is not None else _random_inputs(trained)
         if missed := sorted(trained.keys() - inputs.keys()):
             raise VerificationError(f"the batch does not reach {missed[0]}, so its outputs cannot be compared")
