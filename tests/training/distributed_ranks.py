@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from bitbell.kernels import native
 from bitbell.models.presets import PRESETS, Preset
+from bitbell.quantizers import make_quantizer
+from bitbell.quantizers.ranks import Ranks
 from bitbell.training import TrainConfig, loop, train
 from bitbell.training.distributed import local_part
 
@@ -60,14 +62,64 @@ def apart(tensor: Tensor) -> float:
     return float((both[0] + both[1]).max())
 
 
+# Quantizers of activations whose start, forward pass or gradient depends on the whole batch.
+SHARING: list[tuple[str, dict[str, Any]]] = [
+    ("bbq", {"rms": "running"}),
+    ("bbq", {"rms": "tensor", "learn_offset": True}),
+    ("bbq", {"rms": "tensor", "estimator": "identity"}),
+    ("quest", {"rms": "tensor"}),
+    ("quest", {"rms": "token"}),
+    ("lsq", {}),
+    ("lsq-plus", {"asymmetric": True}),
+    ("pact", {}),
+    ("seq", {}),
+    ("n2uq-activations", {}),
+    ("absmax", {"granularity": "running"}),
+    ("ternary", {"granularity": "tensor"}),
+    ("narrow", {"granularity": "running"}),
+]
+
+
+def compare_quantizers(rank: int, size: int) -> dict[str, float]:
+    """The largest relative difference between a quantizer of shares and one of the whole: values, gradients, state."""
+    torch.manual_seed(0)
+    x, target = torch.randn(8, 6, 128) * torch.rand(8, 1, 1), torch.randn(8, 6, 128)
+    found = {}
+    for method, options in SHARING:
+        whole, mine = (make_quantizer(method, bits=2, **options) for _ in range(2))
+        mine.ranks = Ranks(size, dist.group.WORLD.group_name)
+        pairs = []
+        for q, some, goal in ((whole, x, target), (mine, x.chunk(size)[rank], target.chunk(size)[rank])):
+            some = some.clone().requires_grad_()
+            q.calibrate(some.detach())
+            y = q(some)
+            (y - goal).square().sum().backward()
+            pairs.append((y.detach(), some.grad, q))
+        (y, gradient, _), (our_y, our_gradient, _) = pairs
+        differences = [far(our_y, y.chunk(size)[rank]), far(our_gradient, gradient.chunk(size)[rank])]
+        for name, parameter in mine.named_parameters():
+            if parameter.requires_grad:
+                dist.all_reduce(parameter.grad)
+                differences.append(far(parameter.grad, whole.get_parameter(name).grad))
+        differences += [far(ours, theirs) for ours, theirs in zip(mine.buffers(), whole.buffers(), strict=True)]
+        found[f"{method} {options}"] = max(differences)
+    return found
+
+
+def far(ours: Tensor | None, theirs: Tensor | None) -> float:
+    assert ours is not None
+    assert theirs is not None
+    return float((ours.double() - theirs.double()).norm() / theirs.double().norm().clamp_min(1e-12))
+
+
 def main(rank: int, size: int, folder: Path) -> None:
     torch.set_num_threads(1)
     native.set_level(native.REFERENCE)
     PRESETS.update({"micro": MICRO, "micro-gpt": replace(MICRO, architecture="gpt")})
-    meeting, patience = f"file://{folder / f'meeting-{size}'}", timedelta(seconds=100)
+    meeting, patience = f"file://{folder / f'meeting-{size}'}", timedelta(seconds=600)
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=size, timeout=patience)
     watch = Watch(rank)
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"quantizers": compare_quantizers(rank, size)}
     for job in json.loads((folder / f"jobs-{size}.json").read_text()):
         watch.seen, watch.stop_at = {}, job.get("stop_at")
         try:

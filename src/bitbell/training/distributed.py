@@ -104,6 +104,11 @@ def join(device: str) -> Iterator[World]:
     if not joined_before and int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield ONE_PROCESS
         return
+    if joined_before and "cpu:" not in dist.get_backend_config():
+        raise ValueError(
+            f"the process group was made with {dist.get_backend_config()!r}, but the processes also agree on numbers "
+            'on the CPU: make it with "cpu:gloo,cuda:nccl"'
+        )
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if device.startswith("cuda:"):
         raise ValueError(f"device={device} is one GPU; with several processes each takes its own with device=cuda")
@@ -126,13 +131,18 @@ def join(device: str) -> Iterator[World]:
             dist.destroy_process_group()
 
 
-def share_of_batches(dataset: TokenDataset, config: TrainConfig, world: World) -> Batches:
-    """This process's share of every micro-batch. Raises ValueError if the shares would not be equal."""
+def check_shares(config: TrainConfig, world: World) -> None:
+    """Raise ValueError unless every process gets an equal share of a batch."""
     if config.batch_size % world.size:
         raise ValueError(
             f"batch_size is that of all processes together and must be a multiple of their number, {world.size}; "
             f"got batch_size={config.batch_size}"
         )
+
+
+def share_of_batches(dataset: TokenDataset, config: TrainConfig, world: World) -> Batches:
+    """This process's share of every micro-batch. Raises ValueError if the shares would not be equal."""
+    check_shares(config, world)
     return Batches(
         dataset,
         "train",
