@@ -20,7 +20,9 @@ from bitbell.evaluation.loss import evaluation_mode
 from bitbell.kernels import native
 from bitbell.packing import PackedLinear
 from bitbell.serving.native_llama import NativeLlama, inner_model, why_not_native
+from bitbell.serving.static import StaticDecoder, why_not_static
 
+GRAPH = "a step as a CUDA graph"
 STREAM_LIMITS = 8, 512  # megabytes of the buffer that the stream rate is measured on
 
 
@@ -85,7 +87,7 @@ def bench(
     native_step: bool | None = None,
 ) -> Bench:
     """Measure a causal language model, with random tokens. native_step: True or False forces the C++ step or the
-    model's modules; None takes the C++ step where it can run the model. threads: of C++ and of torch; None leaves them
+    model's modules; None takes the C++ step where it can run the model, and on a GPU a CUDA graph. threads: of C++ and of torch; None leaves them
     as they are.
 
     Raises ValueError for counts below 1, for more tokens than the model has positions, and where the C++ step is asked
@@ -105,6 +107,8 @@ def bench(
         what = "the native step" if head_bits is None else f"head_bits={head_bits} needs the native step, which"
         raise ValueError(f"{what} is not possible here: {why_not}")
     with _using_threads(threads):
+        if native_step is None and next(inner.parameters()).is_cuda and why_not_static(inner) is None:
+            why_not = GRAPH
         return _measure(inner, why_not, prompt_tokens, new_tokens, rounds, head_bits)
 
 
@@ -117,6 +121,9 @@ def _measure(
         engine = NativeLlama(inner, positions=prompt_tokens + new_tokens, head_bits=head_bits)
         name, weight_bytes = f"C++ step, {native.level()} kernels", engine.weight_bytes
         times = _time_native(engine, prompt, new_tokens, rounds)
+    elif why_not == GRAPH:
+        name, weight_bytes = f"modules in PyTorch, {GRAPH}", _weight_bytes(inner)
+        times = time_static(inner, prompt, new_tokens, rounds)
     else:
         name, weight_bytes = f"modules in PyTorch ({why_not})", _weight_bytes(inner)
         times = _time_modules(inner, prompt, new_tokens, rounds)
@@ -132,7 +139,7 @@ def _measure(
         spread=(max(decode) - min(decode)) / statistics.median(decode),
         weight_bytes=weight_bytes,
         cache_bytes_per_token=_cache_bytes(inner.config, 4 if why_not is None else inner.dtype.itemsize),
-        peak_bytes=_peak_bytes(),
+        peak_bytes=_peak_bytes(next(inner.parameters()).device),
         stream_bytes_per_second=_stream_rate(weight_bytes, threads) if next(inner.parameters()).is_cpu else None,
         layers=layer_speeds(inner, rounds),
     )
@@ -182,6 +189,21 @@ def _time_modules(model: Any, prompt: list[int], new_tokens: int, rounds: int) -
                 out = model(token, past_key_values=out.past_key_values, use_cache=True)
                 token = out.logits[:, -1:].argmax(-1)
             token.cpu()  # waits for a GPU
+            times.append((middle - begun, time.perf_counter() - middle))
+    return times[1:]
+
+
+def time_static(model: Any, prompt: list[int], new_tokens: int, rounds: int) -> list[tuple[float, float]]:
+    """Seconds of the prompt and of the tokens that follow it, over a cache of fixed size."""
+    times = []
+    with evaluation_mode(model):
+        decoder = StaticDecoder(model, positions=len(prompt) + new_tokens)
+        for _ in range(rounds + 1):
+            begun = time.perf_counter()
+            token = int(decoder.prefill(prompt).argmax())  # waits for a GPU
+            middle = time.perf_counter()
+            for _ in range(new_tokens):
+                token = int(decoder.step(token).argmax())
             times.append((middle - begun, time.perf_counter() - middle))
     return times[1:]
 
@@ -243,6 +265,9 @@ def _cache_bytes(config: Any, itemsize: int) -> int:
     return int(2 * config.num_hidden_layers * heads * size * itemsize)
 
 
-def _peak_bytes() -> int:
+def _peak_bytes(device: torch.device) -> int:
+    """Of the process, or of a GPU's memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak if sys.platform == "darwin" else peak * 1024)

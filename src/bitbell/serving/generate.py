@@ -13,6 +13,7 @@ from torch import nn
 
 from bitbell.evaluation.loss import evaluation_mode
 from bitbell.serving.native_llama import NativeLlama, inner_model, why_not_native
+from bitbell.serving.static import StaticDecoder, why_not_static
 
 if TYPE_CHECKING:
     from bitbell.data import TextTokenizer
@@ -52,8 +53,8 @@ def generate(
     text.
 
     native: True runs the C++ step (`NativeLlama`; head_bits and threads are its), False the model's own modules; None
-    takes the C++ step where it can run the model. Greedy text is the same either way, but for ties; a seed draws other
-    text.
+    takes the C++ step where it can run the model, and on a GPU the modules' step as a CUDA graph (`StaticDecoder`).
+    Greedy text is the same either way, but for ties; a seed draws other text.
     The model runs in evaluation mode, whatever mode it is in. Raises ValueError for an empty prompt, for settings out
     of range, for more tokens than the model has positions, and for a vocabulary smaller than the tokenizer's.
     """
@@ -73,6 +74,12 @@ def generate(
         run = partial(engine.generate, ids, max_new_tokens, end_token=tokenizer.end_of_text, **how)
         begun = time.perf_counter()
         new = run(allowed=tokenizer.vocab_size)
+    elif native is None and next(inner.parameters()).is_cuda and why_not_static(inner) is None:
+        with evaluation_mode(inner):
+            decoder = StaticDecoder(inner, positions=len(ids) + max_new_tokens)
+            how |= {"end_token": tokenizer.end_of_text, "allowed": tokenizer.vocab_size}
+            begun = time.perf_counter()
+            new = decoder.generate(ids, max_new_tokens, **how)
     else:
         begun = time.perf_counter()
         new = _by_modules(inner, tokenizer, ids, max_new_tokens, **how)
