@@ -10,6 +10,7 @@ three are registered with `torch.library` under `bitbell::`; a faster kernel reg
 `pack_codes.register_kernel(...)` and must return the same integers, bit for bit.
 """
 
+import sys
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 
@@ -133,14 +134,23 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     """Pack `codes` (R, C) uint8, each below 2**bits, into (R, packed_words(C, bits)) int32.
 
     Code i of a row occupies bits i*bits .. (i+1)*bits - 1 of the row's little-endian bit stream, whatever the width:
-    three bits cost three bits. The last word is padded with zeros. Raises ValueError for a code that does not fit.
+    three bits cost three bits. The last word is padded with zeros. Raises ValueError for a code that does not fit (on a
+    GPU, which is not waited for, the device's own assertion fails).
     """
     _check_bits(bits)
     if codes.dtype != torch.uint8 or codes.dim() != 2:
         raise ValueError(f"codes must be a uint8 matrix, got {codes.dtype} of shape {tuple(codes.shape)}")
-    if codes.numel() and int(codes.max()) >= 1 << bits:
+    if codes.is_cuda and codes.numel():
+        torch._assert_async(codes.max() < 1 << bits, f"codes must be below 2**{bits}")
+    elif codes.numel() and int(codes.max()) >= 1 << bits:
         raise ValueError(f"codes must be below 2**{bits}, got {int(codes.max())}")
     rows, columns = codes.shape
+    if 8 % bits == 0 and sys.byteorder == "little":  # the same without a byte for each bit
+        octets, each = 4 * packed_words(columns, bits), 8 // bits
+        padded = torch.nn.functional.pad(codes, (0, octets * each - columns)).reshape(rows, octets, each)
+        shift = bits * torch.arange(each, dtype=torch.uint8, device=codes.device)
+        merged = (padded << shift).sum(-1, dtype=torch.uint8)
+        return merged.reshape(-1).view(torch.int32).reshape(rows, octets // 4)
     stream = (codes[:, :, None] >> torch.arange(bits, dtype=torch.uint8, device=codes.device)) & 1
     stream = stream.reshape(rows, columns * bits)
     words = packed_words(columns, bits)
@@ -166,6 +176,11 @@ def unpack_codes(words: Tensor, bits: int, columns: int) -> Tensor:
             f"got {words.dtype} of shape {tuple(words.shape)}"
         )
     rows = words.shape[0]
+    if 8 % bits == 0 and sys.byteorder == "little":
+        shift = bits * torch.arange(8 // bits, dtype=torch.uint8, device=words.device)
+        octets = words.reshape(-1).view(torch.uint8).reshape(rows, 4 * words.shape[1], 1)
+        split = (octets >> shift) & (2**bits - 1)
+        return split.reshape(rows, words.shape[1] * 32 // bits)[:, :columns].clone()
     shift = torch.arange(32, dtype=torch.int32, device=words.device)
     stream = ((words[:, :, None] >> shift) & 1).to(torch.uint8).reshape(rows, words.shape[1] * 32)[:, : columns * bits]
     place = 1 << torch.arange(bits, dtype=torch.uint8, device=words.device)
@@ -227,15 +242,20 @@ def _check_operands(a: Tensor, b: Tensor) -> None:
 
 def kernel_paths() -> dict[str, str]:
     """Which implementation each operator takes on this machine, and why, for people."""
-    from bitbell.kernels import native
+    from bitbell.kernels import native, triton
 
     if _has_vnni():
         product = "torch int8 (the CPU has AVX-512 VNNI)"
     else:
         product = "exact float32 blocks (the CPU has no AVX-512 VNNI, where torch's int8 product is slow)"
+    if triton.available():
+        fused = "Triton, " + ("interpreted" if triton.interpreted() else "on GPUs")
+    else:
+        fused = f"PyTorch: {triton.why_not()}"
     where = f"C++ {native.level()}, threads {native.threads()}" if native.available() else "plain PyTorch"
     return {
         "packed layers": f"{where}: {native.reason()}",
+        "fused quantizers": fused,
         "integer_product": product,
         "pack_codes": "plain PyTorch",
         "unpack_codes": "plain PyTorch",
