@@ -87,8 +87,8 @@ def bench(
     native_step: bool | None = None,
 ) -> Bench:
     """Measure a causal language model, with random tokens. native_step: True or False forces the C++ step or the
-    model's modules; None takes the C++ step where it can run the model, and on a GPU a CUDA graph. threads: of C++ and of torch; None leaves them
-    as they are.
+    model's modules; None takes the C++ step where it can run the model, and on a GPU a CUDA graph. threads: of C++ and
+    of torch; None leaves them as they are.
 
     Raises ValueError for counts below 1, for more tokens than the model has positions, and where the C++ step is asked
     for and impossible.
