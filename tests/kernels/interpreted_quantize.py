@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import bitbell
 from bitbell.kernels import pack_codes, triton
+from bitbell.kernels.packed import quantize_rows
 from bitbell.kernels.quantize import Plan, encode_packed, mid_rise_codes, quantize_plan
 from bitbell.quantizers import Quantizer, make_quantizer
 
@@ -102,6 +103,22 @@ def test_packed_words_of_every_width(bits: int) -> None:
     words, _ = encode_packed(x, None, None, None, *plan.encoded())
     assert len(codes.unique()) > 2**bits // 3
     assert torch.equal(words, pack_codes((codes.to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8), bits))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize("statistic", ["none", "rms", "absmax"])
+@pytest.mark.parametrize("has_table", [True, False])
+def test_rows_of_packed_layers(bits: int, statistic: str, has_table: bool) -> None:
+    x = torch.randn(7, 130, generator=torch.Generator().manual_seed(bits))
+    table = (torch.arange(2**bits - 1) * 0.37 - 0.3).exp() - 0.9 if has_table else None
+    how = bits, 2, statistic, [1e-8, 0.4, 0.1, 0.7, 0.2]
+    codes, step = quantize_rows(x, table, *how)
+    wanted, wanted_step = quantize_rows._init_fn(x, table, *how)
+    assert float((codes != wanted).float().mean()) < 2e-3
+    assert int((codes.int() - wanted.int()).abs().max()) <= 1
+    torch.testing.assert_close(step, wanted_step, rtol=2e-6, atol=0)
+    x[3, 5] = torch.nan
+    assert not bool(torch.isfinite(quantize_rows(x, table, *how)[1][3]))
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])

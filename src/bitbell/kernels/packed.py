@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from bitbell.kernels import native
+from bitbell.kernels import native, triton
 from bitbell.kernels.native import STATISTICS, InputPlan
 from bitbell.kernels.operators import integer_product, packed_words, rotate, unpack_codes
+from bitbell.kernels.quantize import LARGEST_ROTATION
 
 PANEL, STEP = 64, 64  # rows, columns that a matrix is padded to multiples of
 NUMBERS = ("smallest", "divisor", "divisor_plus", "step_factor", "step_plus")  # of an InputPlan
@@ -89,11 +90,16 @@ def _(
     return torch.empty_like(x, dtype=torch.int8), x.new_empty(x.shape[0], 1)
 
 
+@quantize_rows.register_kernel("cuda")
 @quantize_rows.register_kernel("cpu")
 def _(
     x: Tensor, thresholds: Tensor | None, bits: int, rotation: int, statistic: str, numbers: list[float]
 ) -> tuple[Tensor, Tensor]:
-    if not native.available():
+    if triton.computes(x) and x.numel() and rotation <= LARGEST_ROTATION and x.shape[1] % rotation == 0:
+        from bitbell.kernels.triton.launch import quantize_rows as on_triton
+
+        return on_triton(x, thresholds, bits, rotation, statistic, dict(zip(NUMBERS, numbers, strict=True)))
+    if not x.is_cpu or not native.available():
         return quantize_rows._init_fn(x, thresholds, bits, rotation, statistic, numbers)
     sizes: dict[str, Any] = dict(zip(NUMBERS, numbers, strict=True))
     codes, step = native.quantize(InputPlan(bits, rotation, statistic, thresholds=thresholds, **sizes), x)

@@ -9,14 +9,14 @@ row that is measured belongs to one program; where the size is given, rows are c
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
 from bitbell.kernels.operators import hadamard, packed_words
-from bitbell.kernels.quantize import Plan, shapes
+from bitbell.kernels.quantize import Plan, mid_rise_codes, shapes
 from bitbell.kernels.thresholds import bell_thresholds
 from bitbell.kernels.triton.gradient import gradient_kernel
 from bitbell.kernels.triton.quantize import measure_kernel, quantize_kernel
@@ -95,6 +95,19 @@ def quantize(
             TILE=TILE, SPAN=tiling.span, BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=True,
         )  # fmt: skip
     return step, measured
+
+
+def quantize_rows(
+    x: Tensor, thresholds: Tensor | None, bits: int, rotation: int, statistic: str, numbers: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """`bitbell.kernels.packed.quantize_rows`: codes and steps (rows, 1) of x (rows, columns) float32."""
+    size = torch.zeros(1, device=x.device) if statistic == "none" else None
+    measured = "given" if statistic == "none" else statistic
+    plan = Plan(bits, rotation, measured, by_row=True, **mid_rise_codes(bits), **numbers)
+    codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    table = None if thresholds is None else thresholds.to(x.device)
+    step, _ = quantize(plan, x, None, size, None, table=table, codes=codes)
+    return codes, step.expand(len(x), 1).contiguous()
 
 
 def gradient(
