@@ -48,44 +48,41 @@ INLINE void release() { _tile_release(); }
 #define TILE_DOT(to, a, b) _tile_dpbsud(to, a, b)
 #endif
 
-// 32 input rows times 32 rows of weights (tiles 0-3), over k columns.
-void four_tiles(const uint8_t* w, int64_t k, const int8_t* x, int64_t stride, int32_t* acc) {
+// kRows input rows, 16 or 32, times 32 rows of weights (sums in tiles 0-3), over k columns.
+template <int kRows>
+void tile_rows(const uint8_t* w, int64_t k, const int8_t* x, int64_t stride, int32_t* acc) {
   constexpr int64_t kRow = kPanelRows * 4;
+  constexpr bool kTwo = kRows == 2 * kTileRows;
   int32_t* lower = acc + kTileRows * kPanelRows;
   TILE_LOAD(0, acc, kRow);
   TILE_LOAD(1, acc + 16, kRow);
-  TILE_LOAD(2, lower, kRow);
-  TILE_LOAD(3, lower + 16, kRow);
+  if constexpr (kTwo) {
+    TILE_LOAD(2, lower, kRow);
+    TILE_LOAD(3, lower + 16, kRow);
+  }
   for (int64_t k0 = 0; k0 < k; k0 += 64, w += 16 * 256) {
     TILE_LOAD(4, x + k0, stride);
     TILE_LOAD(6, w, 256);
     TILE_LOAD(7, w + 64, 256);
     TILE_DOT(0, 4, 6);
     TILE_DOT(1, 4, 7);
-    TILE_LOAD(5, x + kTileRows * stride + k0, stride);
-    TILE_DOT(2, 5, 6);
-    TILE_DOT(3, 5, 7);
+    if constexpr (kTwo) {
+      TILE_LOAD(5, x + kTileRows * stride + k0, stride);
+      TILE_DOT(2, 5, 6);
+      TILE_DOT(3, 5, 7);
+    }
   }
   TILE_STORE(0, acc, kRow);
   TILE_STORE(1, acc + 16, kRow);
-  TILE_STORE(2, lower, kRow);
-  TILE_STORE(3, lower + 16, kRow);
+  if constexpr (kTwo) {
+    TILE_STORE(2, lower, kRow);
+    TILE_STORE(3, lower + 16, kRow);
+  }
 }
 
-// 16 input rows times 32 rows of weights.
-void two_tiles(const uint8_t* w, int64_t k, const int8_t* x, int64_t stride, int32_t* acc) {
-  constexpr int64_t kRow = kPanelRows * 4;
-  TILE_LOAD(0, acc, kRow);
-  TILE_LOAD(1, acc + 16, kRow);
-  for (int64_t k0 = 0; k0 < k; k0 += 64, w += 16 * 256) {
-    TILE_LOAD(4, x + k0, stride);
-    TILE_LOAD(6, w, 256);
-    TILE_LOAD(7, w + 64, 256);
-    TILE_DOT(0, 4, 6);
-    TILE_DOT(1, 4, 7);
-  }
-  TILE_STORE(0, acc, kRow);
-  TILE_STORE(1, acc + 16, kRow);
+template <int kRows>
+void both_halves(const uint8_t* w, int64_t k, const int8_t* x, int64_t stride, int32_t* acc) {
+  for (int half = 0; half < 2; half++) tile_rows<kRows>(w + 128 * half, k, x, stride, acc + 32 * half);
 }
 
 void matrix(const uint8_t* panel, int bits, int64_t k, const int8_t* x, int64_t stride, int64_t m, int32_t* acc, uint8_t* scratch) {
@@ -96,12 +93,9 @@ void matrix(const uint8_t* panel, int bits, int64_t k, const int8_t* x, int64_t 
     const int64_t block = k - k0 < kBlock ? k - k0 : kBlock;
     unpack(panel + k0 * kPanelRows * bits / 8, bits, block, scratch);
     int64_t i = 0;
-    for (; i + 32 <= m; i += 32)
-      for (int half = 0; half < 2; half++)
-        four_tiles(scratch + 128 * half, block, x + i * stride + k0, stride, acc + i * kPanelRows + 32 * half);
+    for (; i + 32 <= m; i += 32) both_halves<32>(scratch, block, x + i * stride + k0, stride, acc + i * kPanelRows);
     if (i + kTileRows <= m) {
-      for (int half = 0; half < 2; half++)
-        two_tiles(scratch + 128 * half, block, x + i * stride + k0, stride, acc + i * kPanelRows + 32 * half);
+      both_halves<kTileRows>(scratch, block, x + i * stride + k0, stride, acc + i * kPanelRows);
       i += kTileRows;
     }
     if (i < m) tiles(scratch, block, x + i * stride + k0, stride, m - i, acc + i * kPanelRows);

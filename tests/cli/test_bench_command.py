@@ -85,7 +85,7 @@ def test_a_packed_model(packed: str, capsys: pytest.CaptureFixture[str]) -> None
 
 def test_native_false_takes_the_modules(packed: str, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
-    numbers = numbers_of([packed, "--native", "False"], capsys)
+    numbers = numbers_of([packed, "--native", "never"], capsys)
     assert numbers["engine"] == "modules in PyTorch (native_step=False)"
     assert len(numbers["layers"]) == 7
 
@@ -115,7 +115,7 @@ def test_gpt_2_goes_by_its_modules(gpt: str, capsys: pytest.CaptureFixture[str])
         (["--rounds", "0"], "rounds must be at least 1, got 0"),
         (["--threads", "0"], "threads must be 1 to 256, or None, got 0"),
         (["--prompt-tokens", "18"], "prompt_tokens=18 and new_tokens=4 exceed the model's 20 positions"),
-        (["--native", "True"], "the native step is not possible here: "),
+        (["--native", "always"], "the native step is not possible here: "),
         (["--head-bits", "8"], "head_bits=8 needs the native step, which is not possible here: "),
     ],
 )
@@ -136,9 +136,9 @@ def test_a_directory_that_is_no_model_is_named(tmp_path: Path, capsys: pytest.Ca
 
 def test_the_page_shows_the_numbers() -> None:
     layer = LayerSpeed("q_proj", 22, (2048, 1024), "bbq-w2a2", microseconds=40.0, weight_bytes=524_288)
-    result = Bench("engine", 2, 128, 64, 1234.5, 87.65, 0.031, 500_000_000, 45_056, 2**30, 80e9, [layer])
+    result = Bench("engine", 2, "wall time", 128, 64, 1234.5, 87.65, 0.031, 500_000_000, 45_056, 2**30, 80e9, [layer])
     assert describe(result).splitlines() == [
-        "engine, 2 threads, medians (spread 3%)",
+        "engine, 2 threads, medians of wall time (spread 3%)",
         "prefill        1234.5 tokens/s   128 tokens at a time",
         "decode           87.7 tokens/s   one sequence, 64 tokens",
         "weights         500.0 MB         read for every token",
@@ -150,6 +150,6 @@ def test_the_page_shows_the_numbers() -> None:
         "layer        number          shape recipe               us    GB/s",
         "q_proj           22      2048x1024 bbq-w2a2           40.0    13.1",
     ]
-    without = Bench("engine", 1, 8, 4, 1.0, 1.0, 0.0, 10**6, 1000, 10**8, None, [])
-    assert describe(without).startswith("engine, 1 thread, medians (spread 0%)\n")
+    without = Bench("engine", 1, "thread CPU time", 8, 4, 1.0, 1.0, 0.0, 10**6, 1000, 10**8, None, [])
+    assert describe(without).startswith("engine, 1 thread, medians of thread CPU time (spread 0%)\n")
     assert "traffic" not in describe(without)

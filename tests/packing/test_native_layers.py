@@ -359,6 +359,17 @@ def test_many_rows_of_floats_go_to_the_definitions_where_those_are_faster(
         check(packed, randn(0, 17, 64))
 
 
+@pytest.mark.parametrize("level", ["auto", "reference"])
+@pytest.mark.parametrize("name", ["bbq-w2a2", "bbq-w2a16"])
+def test_inputs_of_another_width_are_refused_naming_the_layer(make_layer: MakeLayer, name: str, level: str) -> None:
+    packed, _, _ = used(make_layer, name)
+    message = rf"PackedLinear\(in_features=64, .*recipe={name}\) takes inputs of shape \(\.\.\., 64\), got "
+    with native.using(level):
+        for shape in ((2, 32), (64, 2), (128,), ()):
+            with pytest.raises(ValueError, match=message):
+                packed(torch.zeros(shape))
+
+
 def test_sums_beyond_int32_go_to_the_definitions(monkeypatch: pytest.MonkeyPatch) -> None:
     width = 2**16 + 300  # times 255 times 128 is more than 2**31
     packed = PackedLinear(width, 2, Recipe.parse("lsq-w8a8"), bias=False).eval()

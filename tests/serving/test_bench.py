@@ -201,3 +201,20 @@ def test_layers_that_differ_are_listed_apart(make_llama: MakeLlama) -> None:
     layers = layer_speeds(bitbell.pack(make_llama(rules)), rounds=1)
     found = [(layer.name, layer.count, layer.recipe) for layer in layers if layer.name in ("q_proj", "v_proj")]
     assert found == [("q_proj", 1, "bbq-w4a4"), ("q_proj", 1, "bbq-w2a2")]
+
+
+@with_kernels
+def test_bytes_of_a_layer_are_those_that_a_pass_reads(make_llama: MakeLlama) -> None:
+    packed = bitbell.pack(make_llama({"*.q_proj": "bbq-w5a8", "*.k_proj": "bbq-w3a8", "*": None}))
+    size = {layer.name: layer.weight_bytes for layer in layer_speeds(packed, rounds=1)}
+    assert size == {"q_proj": 64 * 64, "k_proj": 64 * 64 * 3 // 8}
+    with native.using(native.REFERENCE):
+        size = {layer.name: layer.weight_bytes for layer in layer_speeds(packed, rounds=1)}
+    assert size == {"q_proj": 64 * 64 * 5 // 8, "k_proj": 64 * 64 * 3 // 8}
+
+
+@with_kernels
+@pytest.mark.parametrize("step", [True, False])
+def test_one_thread_is_timed_by_its_own_clock(packed: Any, step: bool) -> None:
+    assert bench(packed, threads=1, native_step=step, **SMALL).clock == "thread CPU time"
+    assert bench(packed, threads=2, native_step=step, **SMALL).clock == "wall time"

@@ -277,6 +277,14 @@ def test_attention_is_shared_out_whatever_the_heads(make_llama: MakeLlama, kv_he
         assert torch.equal(results[0], result)
 
 
+def test_a_path_is_no_model(tmp_path: Path) -> None:
+    for path in (tmp_path, str(tmp_path)):
+        with pytest.raises(TypeError, match=r"model must be a module, got .*; bitbell.load\(directory\) makes one"):
+            NativeLlama(path)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"model must be a module, got None$"):
+        why_not_native(None)  # type: ignore[arg-type]
+
+
 def test_threads_are_those_of_the_kernels_unless_given(plain: Any) -> None:
     try:
         native.set_threads(2)

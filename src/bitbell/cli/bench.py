@@ -20,7 +20,7 @@ def bench(
     threads: int | None = None,
     head_bits: Literal[8, 16] | None = None,
     device: str = "auto",
-    native: bool | None = None,
+    native: Literal["auto", "always", "never"] = "auto",
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> int:
     """Tokens a second, time of each layer, share of the memory's speed, and memory.
@@ -33,23 +33,24 @@ def bench(
         threads: Threads of the C++ kernels and of torch; by default as many as torch takes.
         head_bits: Keep the output head and the embedding in 8 bits, or bfloat16 (16); native only.
         device: auto (a GPU if there is one), cpu, cuda or cuda:N.
-        native: The C++ step (True) or the model's modules (False); by default C++ where it can run the model.
+        native: Run the C++ step (always), the model's modules (never), or C++ where it can run the model (auto).
         as_json: Print every number as JSON.
     """
-    from bitbell.cli.commands import open_model
+    from bitbell.cli.commands import NATIVE_STEP, open_model
     from bitbell.serving import bench as run
 
     loaded, _ = open_model(model, device)
     sizes = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "rounds": rounds}
-    result = run(loaded, **sizes, threads=threads, head_bits=head_bits, native_step=native)
+    result = run(loaded, **sizes, threads=threads, head_bits=head_bits, native_step=NATIVE_STEP[native])
     print(json.dumps(result.to_dict(), indent=2) if as_json else describe(result))
     return 0
 
 
 def describe(result: Bench) -> str:
     """The measurements as a page of text."""
+    threads = f"{result.threads} thread{'s' * (result.threads > 1)}"
     lines = [
-        f"{result.engine}, {result.threads} thread{'s' * (result.threads > 1)}, medians (spread {result.spread:.0%})",
+        f"{result.engine}, {threads}, medians of {result.clock} (spread {result.spread:.0%})",
         f"prefill    {result.prefill_tokens_per_second:10.1f} tokens/s   {result.prompt_tokens} tokens at a time",
         f"decode     {result.decode_tokens_per_second:10.1f} tokens/s   one sequence, {result.new_tokens} tokens",
         f"weights    {result.weight_bytes / 1e6:10.1f} MB         read for every token",

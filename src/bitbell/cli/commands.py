@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 
 def tokenize(
+NATIVE_STEP = {"auto": None, "always": True, "never": False}  # what --native says of the C++ step
+
     sources: tyro.conf.Positional[tuple[str, ...]],
     /,
     out: str,
@@ -206,7 +208,7 @@ def generate(
     top_p: float | None = None,
     seed: int = 0,
     device: str = "auto",
-    native: bool | None = None,
+    native: Literal["auto", "always", "never"] = "auto",
     head_bits: Literal[8, 16] | None = None,
     threads: int | None = None,
 ) -> int:
@@ -221,7 +223,7 @@ def generate(
         top_p: Choose among the likeliest tokens that make up this probability.
         seed: One seed gives one text; the C++ step, the modules and the step on a GPU draw differently.
         device: auto (a GPU if there is one), cpu, cuda or cuda:N.
-        native: Take the C++ step (True) or the model's modules (False); by default C++ where it can run the model.
+        native: Run the C++ step (always), the model's modules (never), or C++ where it can run the model (auto).
         head_bits: Keep the output head and the embedding in 8 bits, or bfloat16 (16). Changes the numbers; native only.
         threads: Threads of the C++ step; by default as many as torch uses.
     """
@@ -238,7 +240,7 @@ def generate(
         top_k=top_k,
         top_p=top_p,
         seed=seed,
-        native=native,
+        native=NATIVE_STEP[native],
         head_bits=head_bits,
         threads=threads,
     )

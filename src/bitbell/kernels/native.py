@@ -96,24 +96,29 @@ def level() -> str:
     """The level in use; "reference" where there is none."""
     global _level
     if _level is None:
-        set_level(os.environ.get(VARIABLE) or "auto")
+        _use(os.environ.get(VARIABLE) or "auto", VARIABLE)
     assert _level is not None
     return _level
 
 
 def set_level(name: str) -> None:
     """Use a level from now on, "auto" or "reference". Raises ValueError for one that is not there."""
+    _use(name, "level")
+
+
+def _use(name: str, source: str) -> None:
+    """source: what a message calls the name."""
     global _level, _asked
     if name == REFERENCE or (name == "auto" and extension is None):
         _level, _asked = REFERENCE, name
         return
     if extension is None:
-        raise ValueError(f"{VARIABLE}={name!r}: {missing}; there is only {REFERENCE!r}")
+        raise ValueError(f"{source}={name!r}: {missing}; there is only {REFERENCE!r}")
     names = level_names()
     if name != "auto" and names.get(name, "unknown"):
         usable = ["auto", REFERENCE, *(n for n, why in names.items() if not why)]
         why = f" ({names[name]})" if name in names else ""
-        raise ValueError(f"{VARIABLE} must be one of {', '.join(usable)} on this machine, got {name!r}{why}")
+        raise ValueError(f"{source} must be one of {', '.join(usable)} on this machine, got {name!r}{why}")
     _level, _asked = extension.best_level() if name == "auto" else name, name
 
 

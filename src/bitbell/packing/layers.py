@@ -94,6 +94,9 @@ class PackedLinear(nn.Module, QuantizedLayer):
         return packed.requires_grad_(False).eval()
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.is_image and x.shape[-1:] != (self.in_features,):
+            this = f"{type(self).__name__}({self.extra_repr()})"
+            raise ValueError(f"{this} takes inputs of shape (..., {self.in_features}), got {tuple(x.shape)}")
         if not _is_plain(x):
             return self._reference(x)
         if gpu.suits(self, x):

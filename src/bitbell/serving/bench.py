@@ -22,13 +22,17 @@ from bitbell.packing import PackedLinear
 from bitbell.serving.native_llama import NativeLlama, inner_model, why_not_native
 from bitbell.serving.static import StaticDecoder, why_not_static
 
+Clock = Callable[[], float]
 GRAPH = "a step as a CUDA graph"
 STREAM_LIMITS = 8, 512  # megabytes of the buffer that the stream rate is measured on
 
 
 @dataclass(frozen=True)
 class LayerSpeed:
-    """One kind of layer (all q_proj, say): how many, shape, recipe, microseconds and bytes of one row's pass."""
+    """One kind of layer (all q_proj, say): how many, shape, recipe, microseconds and bytes of one row's pass.
+
+    weight_bytes: as the pass reads them: 5 to 7 bits take a byte in the C++ kernels.
+    """
 
     name: str
     count: int
@@ -46,12 +50,15 @@ class LayerSpeed:
 class Bench:
     """Medians over rounds. Rates are tokens a second of one sequence; memory in bytes.
 
-    engine: what ran, and why. stream_bytes_per_second: what this machine reads from a buffer as large as the weights
-    that a token reads (8 to 512 MB). weight_bytes: of those weights. cache_bytes_per_token: of keys and values.
+    engine: what ran, and why. clock: "thread CPU time" where one thread does all the work, which other processes' time
+    slices do not lengthen; else "wall time". stream_bytes_per_second: what this machine reads from a buffer as large as
+    the weights that a token reads (8 to 512 MB). weight_bytes: of those weights. cache_bytes_per_token: of keys and
+    values.
     """
 
     engine: str
     threads: int
+    clock: str
     prompt_tokens: int
     new_tokens: int
     prefill_tokens_per_second: float
@@ -120,18 +127,19 @@ def _measure(
     if why_not is None:
         engine = NativeLlama(inner, positions=prompt_tokens + new_tokens, head_bits=head_bits)
         name, weight_bytes = f"C++ step, {native.level()} kernels", engine.weight_bytes
-        times = _time_native(engine, prompt, new_tokens, rounds)
+        times = _time_native(engine, prompt, new_tokens, rounds, _clock_of(inner))
     elif why_not == GRAPH:
         name, weight_bytes = f"modules in PyTorch, {GRAPH}", _weight_bytes(inner)
         times = time_static(inner, prompt, new_tokens, rounds)
     else:
         name, weight_bytes = f"modules in PyTorch ({why_not})", _weight_bytes(inner)
-        times = _time_modules(inner, prompt, new_tokens, rounds)
+        times = _time_modules(inner, prompt, new_tokens, rounds, _clock_of(inner))
     threads = native.threads()
     prefill, decode = zip(*times, strict=True)
     return Bench(
         engine=name,
         threads=threads,
+        clock="thread CPU time" if _clock_of(inner) is time.thread_time else "wall time",
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         prefill_tokens_per_second=prompt_tokens / statistics.median(prefill),
@@ -160,36 +168,45 @@ def _using_threads(count: int | None) -> Iterator[None]:
             native.set_threads(None if before == of_torch else before)
 
 
-def _time_native(engine: NativeLlama, prompt: list[int], new_tokens: int, rounds: int) -> list[tuple[float, float]]:
+def _clock_of(model: nn.Module) -> Clock:
+    alone = native.threads() == torch.get_num_threads() == 1 and all(t.is_cpu for t in model.parameters())
+    return time.thread_time if alone else time.perf_counter
+
+
+def _time_native(
+    engine: NativeLlama, prompt: list[int], new_tokens: int, rounds: int, clock: Clock
+) -> list[tuple[float, float]]:
     """Seconds of the prompt and of the tokens that follow it, after one round that warms up."""
     times = []
     for _ in range(rounds + 1):
         seen: list[float] = []
 
         def note(_: int, seen: list[float] = seen) -> None:
-            seen.append(time.perf_counter())
+            seen.append(clock())
 
-        begun = time.perf_counter()
+        begun = clock()
         engine.generate(prompt, new_tokens + 1, on_token=note)
         times.append((seen[0] - begun, seen[-1] - seen[0]))
     return times[1:]
 
 
-def _time_modules(model: Any, prompt: list[int], new_tokens: int, rounds: int) -> list[tuple[float, float]]:
+def _time_modules(
+    model: Any, prompt: list[int], new_tokens: int, rounds: int, clock: Clock
+) -> list[tuple[float, float]]:
     device = next(model.parameters()).device
     times = []
     with evaluation_mode(model):
         for _ in range(rounds + 1):
-            begun = time.perf_counter()
+            begun = clock()
             out = model(torch.tensor([prompt], device=device), use_cache=True)
             token = out.logits[:, -1:].argmax(-1)
             token.cpu()  # waits for a GPU
-            middle = time.perf_counter()
+            middle = clock()
             for _ in range(new_tokens):
                 out = model(token, past_key_values=out.past_key_values, use_cache=True)
                 token = out.logits[:, -1:].argmax(-1)
             token.cpu()  # waits for a GPU
-            times.append((middle - begun, time.perf_counter() - middle))
+            times.append((middle - begun, clock() - middle))
     return times[1:]
 
 
@@ -218,10 +235,16 @@ def layer_speeds(model: nn.Module, rounds: int = 5) -> list[LayerSpeed]:
     speeds = []
     for (name, shape, recipe), layers in kinds.items():
         x = torch.randn(1, shape[1], generator=torch.Generator().manual_seed(0)).to(layers[0].weight_packed.device)
-        seconds = statistics.median(_seconds(partial(_run_all, layers, x), rounds))
-        size = sum(layer.weight_packed.numel() * 4 for layer in layers) // len(layers)
+        seconds = statistics.median(_seconds(partial(_run_all, layers, x), rounds, _clock_of(model)))
+        size = sum(map(_bytes_read, layers)) // len(layers)
         speeds.append(LayerSpeed(name, len(layers), shape, recipe, seconds / len(layers) * 1e6, size))
     return speeds
+
+
+def _bytes_read(layer: PackedLinear) -> int:
+    """Of a layer's weights in one pass: panels of the C++ kernels, or the packed words."""
+    made = layer.native_layer() if native.available() and layer.weight_packed.is_cpu else None
+    return layer.weight_packed.numel() * 4 if made is None else made.arranged.numel()
 
 
 def _run_all(layers: list[PackedLinear], x: Tensor) -> None:
@@ -229,16 +252,16 @@ def _run_all(layers: list[PackedLinear], x: Tensor) -> None:
         layer(x)
 
 
-def _seconds(run: Callable[[], Any], rounds: int) -> list[float]:
+def _seconds(run: Callable[[], Any], rounds: int, clock: Clock) -> list[float]:
     for _ in range(3):
         run()
     times = []
     for _ in range(3 * rounds):
-        begun = time.perf_counter()
+        begun = clock()
         run()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        times.append(time.perf_counter() - begun)
+        times.append(clock() - begun)
     return times
 
 

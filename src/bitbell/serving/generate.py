@@ -153,5 +153,8 @@ def load_tokenizer_of(directory: str | Path) -> TextTokenizer:
     from bitbell.data import load_tokenizer
 
     if not (Path(directory) / "tokenizer.json").is_file():
-        raise ValueError(f"{directory} has no tokenizer.json, so text cannot be turned into its tokens")
+        raise ValueError(
+            f"{directory} has no tokenizer.json, so text cannot be turned into its tokens; "
+            "copy the tokenizer.json of the data that the model was trained on there"
+        )
     return load_tokenizer(str(Path(directory).resolve()))

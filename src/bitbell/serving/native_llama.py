@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -306,7 +307,13 @@ class _Parts:
 
 
 def inner_model(model: nn.Module) -> Any:
-    """The Hugging Face model itself, of a packed model or of one that is it already."""
+    """The Hugging Face model itself, of a packed model or of one that is it already.
+
+    Raises TypeError for anything but a module.
+    """
+    if not isinstance(model, nn.Module):
+        more = "; bitbell.load(directory) makes one of a packed directory" if isinstance(model, str | Path) else ""
+        raise TypeError(f"model must be a module, got {model!r:.100}{more}")
     return model.model if isinstance(model, PackedModel) else model
 
 
