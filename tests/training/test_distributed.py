@@ -123,6 +123,7 @@ def family(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Family
         family.train_together(2, [*same_work(2), *of_two()])
         family.train_together(4, [*same_work(4), *of_four()])
         alone(family, "2-4-1")
+        alone(family, "low bits")
     return family
 
 
@@ -150,6 +151,8 @@ def of_two() -> list[dict[str, Any]]:
         {"name": "asked to stop", "config": {"steps": 50}, "stop_at": 1},
         {"name": "head", "config": fsdp | {"rules": {"lm_head": "bbq-w4a4", "*": "bbq-w2a2"}, "steps": 2}},
         {"name": "gpt", "config": fsdp | {"preset": "micro-gpt", "steps": 1}},
+        {"name": "low bits", "config": fsdp | {"low_bit_gather": True, "stop_after": 2}},
+        {"name": "low bits gpt", "config": fsdp | {"low_bit_gather": True, "preset": "micro-gpt", "steps": 1}},
         {"name": "every", "config": fsdp | {"accumulation": 2, "reduce_every": True}},
     ]
 
@@ -158,6 +161,7 @@ def of_four() -> list[dict[str, Any]]:
     return [
         {"name": "2-4-1", "config": {"distributed": "fsdp", "stop_after": 3}},
         {"name": "from-1-to-4", "config": {"distributed": "ddp"}},
+        {"name": "low bits", "config": {"distributed": "fsdp", "low_bit_gather": True, "stop_after": 3}},
     ]
 
 
@@ -175,9 +179,10 @@ def test_several_processes_take_the_steps_of_one(family: Family, size: int) -> N
         assert [found[name].get("status") for found in family.found[size]] == ["finished"] * size, family.found[size][0]
         ours, theirs = family.losses(name), family.losses(f"{recipe}-1-{job['config']['accumulation']}")
         assert len(ours) == 4
-        # Rounding: a code here and there flips, once weights differ in their last bits.
-        assert ours[:2] == pytest.approx(theirs[:2], abs=1e-5), name
-        assert ours == pytest.approx(theirs, abs=5e-3), name
+        # An input within rounding of a threshold may get the neighbouring code; full precision has no thresholds.
+        # A statistic of its own share changes the first loss by 5e-4 already ("own statistics").
+        assert ours[0] == pytest.approx(theirs[0], abs=1e-5 if recipe == "none" else 1e-4), name
+        assert ours == pytest.approx(theirs, abs=1e-5 if recipe == "none" else 5e-3), name
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -231,23 +236,23 @@ def test_a_running_statistic_costs_two_short_messages_a_quantizer(family: Family
 def test_own_statistics_learn_too(family: Family) -> None:
     ours, theirs = family.losses("own statistics"), family.losses("bbq-w2a2-1-1")
     assert ours == pytest.approx(theirs, abs=0.05)
-    assert ours != pytest.approx(theirs, abs=1e-6)
+    assert abs(ours[0] - theirs[0]) > 2e-4
 
 
 def test_gradients_reduced_every_micro_batch_are_the_same(family: Family) -> None:
-    assert family.losses("every")[:2] == pytest.approx(family.losses("bbq-w2a2-1-2")[:2], abs=1e-5)
+    assert family.losses("every") == pytest.approx(family.losses("bbq-w2a2-fsdp-2-2"), abs=1e-5)
 
 
 def test_fogzo_probes_the_loss_of_the_whole_batch(family: Family) -> None:
     events = [read_metrics(family.folder / out / "metrics.jsonl") for out in ("fogzo-1", "fogzo-2")]
     ours, theirs = ([e["fogzo_agreement"] for e in found if e["event"] == "train"] for found in events)
-    assert ours[0] == pytest.approx(theirs[0], abs=1e-3)
-    assert family.losses("fogzo-2")[:2] == pytest.approx(family.losses("fogzo-1")[:2], abs=1e-4)
+    assert ours[0] == pytest.approx(theirs[0], abs=0.1)  # slopes across thresholds, which a code more or less changes
+    assert family.losses("fogzo-2") == pytest.approx(family.losses("fogzo-1"), abs=5e-3)
 
 
 def test_a_run_continues_on_another_number_of_processes(family: Family) -> None:
     whole = family.losses("bbq-w2a2-1-1")
-    for out in ("2-4-1", "from-1", "from-1-to-4"):
+    for out in ("2-4-1", "low bits", "from-1", "from-1-to-4"):
         assert family.losses(out) == pytest.approx(whole, abs=3e-3), out
         assert family.summary(out)["loss"] == pytest.approx(family.summary("bbq-w2a2-1-1")["loss"], abs=3e-3)
 
@@ -287,7 +292,7 @@ def test_a_batch_that_cannot_be_shared_is_refused(family: Family) -> None:
 
 
 def test_a_quantized_head_and_gpt_train_in_parts(family: Family) -> None:
-    for name in ("head", "gpt"):
+    for name in ("head", "gpt", "low bits gpt"):
         assert {found[name].get("status") for found in family.found[2]} == {"finished"}, family.found[2][0][name]
 
 
