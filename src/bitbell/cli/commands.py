@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from bitbell.cli.images import compare_accuracy, evaluate_classifier
+
 if TYPE_CHECKING:
     import torch
     from torch import nn
@@ -82,11 +84,11 @@ def evaluate(
     device: str = "auto",
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> int:
-    """Loss, perplexity, bits per byte and code entropy.
+    """Loss, perplexity, bits per byte and code entropy; of an image classifier loss, accuracy and code entropy.
 
     Args:
         model: A run or a packed directory.
-        data: Token data set; by default the one that the run was trained on.
+        data: Token data set, or image set; by default the one that the run was trained on.
         sequence_length: Tokens in a window; by default the run's, and for a packed model 128 or all its positions.
         split: Which split of the data.
         limit: Windows at most; by default all.
@@ -94,10 +96,12 @@ def evaluate(
         device: auto (a GPU if there is one), cpu, cuda or cuda:N.
         as_json: Print every number as JSON.
     """
-    from bitbell.data import TokenDataset
+    from bitbell.data import TokenDataset, is_image_set
     from bitbell.evaluation import evaluate as run
 
     loaded, source = open_model(model, device)
+    if is_image_set(_data_of(source, data)):
+        return evaluate_classifier(loaded, _data_of(source, data), split, limit, batch_size, as_json)
     dataset = TokenDataset.open(_data_of(source, data))
     _check_tokenizer(model, dataset.path)
     positions = getattr(getattr(loaded, "config", None), "max_position_embeddings", 128)
@@ -138,11 +142,13 @@ def pack(
     from bitbell.export import model_card
     from bitbell.packing import pack as pack_model
     from bitbell.training import load_run
+    from bitbell.training.run import read_run_config
 
     model, _, step = load_run(run)
     packed = pack_model(model.to(_device(device)))
+    of_images = "images" in read_run_config(Path(run))[1]  # which have no tokenizer
     card = model_card(packed, name=Path(out).resolve().name, run=run, license=license)
-    folder = packed.save(out, tokenizer=run, card=card, overwrite=overwrite)
+    folder = packed.save(out, tokenizer=None if of_images else run, card=card, overwrite=overwrite)
     before = sum(p.numel() * p.element_size() for p in model.parameters())
     after = (folder / "model.safetensors").stat().st_size
     ratio = f"{before / 1e6:.2f} MB trained in float32 ({before / after:.1f}x)"
@@ -167,6 +173,7 @@ def verify(
         limit: Windows to measure perplexity on.
         device: auto (a GPU if there is one), cpu, cuda or cuda:N.
     """
+    from bitbell.data import is_image_set
     from bitbell.packing import load
     from bitbell.packing import verify as compare
     from bitbell.training import load_run
@@ -179,6 +186,8 @@ def verify(
     if data is None and not (Path(source) / "dataset.json").exists():
         print(f"perplexity not compared: the data set {source} is not there (give --data)")
         return 0
+    if is_image_set(source):
+        return compare_accuracy(model, twin, source, limit)
     _check_tokenizer(run, Path(source))
     return _compare_perplexity(model, twin, source, config.sequence_length, limit)
 

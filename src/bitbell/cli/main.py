@@ -15,6 +15,7 @@ from importlib import import_module
 VERBS: dict[str, tuple[str, str]] = {
     "demo": ("demo:demo", "train full precision, BBQ, QuEST and LSQ side by side, pack, generate, report"),
     "tokenize": ("commands:tokenize", "text -> a token data set"),
+    "images": ("images:images", "labelled images -> an image set"),
     "train": ("commands:train", "a data set -> a run: train, or continue, a model"),
     "evaluate": ("commands:evaluate", "loss, perplexity, bits per byte and code entropy of a run or a packed model"),
     "pack": ("commands:pack", "a run -> a packed model in its true bits"),

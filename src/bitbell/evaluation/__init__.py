@@ -1,14 +1,18 @@
-"""A model and batches -> numbers: loss, perplexity, bits per byte, entropy of the codes."""
+"""A model and batches -> numbers: loss, perplexity, bits per byte, accuracy, entropy of the codes."""
 
+from bitbell.evaluation.classification import ClassificationScore, ImageEvaluation, evaluate_images
 from bitbell.evaluation.codes import LayerCodes, layer_codes, mean_entropy, weight_entropies
 from bitbell.evaluation.loss import LanguageModelLoss, logits_of, measure_loss
 from bitbell.evaluation.summary import Evaluation, evaluate
 
 __all__ = [
+    "ClassificationScore",
     "Evaluation",
+    "ImageEvaluation",
     "LanguageModelLoss",
     "LayerCodes",
     "evaluate",
+    "evaluate_images",
     "layer_codes",
     "logits_of",
     "mean_entropy",

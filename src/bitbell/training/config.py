@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bitbell.data.image_batches import AUGMENTATIONS
+
 # Fields that may change between a run's start and its resumption. Device, threads and compilation touch the last bits
 # only.
 FREE_FIELDS = frozenset(
@@ -46,7 +48,7 @@ COUNTS = (
     "stop_after",
 )
 # What a run's config.json holds beside the configuration.
-RECORDED = ("versions", "data_fingerprint", "vocab_size", "computed_in")
+RECORDED = ("versions", "data_fingerprint", "vocab_size", "images", "computed_in")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,11 +56,12 @@ class TrainConfig:
     """Everything a training run is made from. Defaults follow the BBQ paper where it says something."""
 
     data: str
-    """Data set directory, made by `bitbell tokenize`."""
+    """Data set directory, made by `bitbell tokenize`, or `bitbell images`."""
     out: str
     """Run directory. If it holds an unfinished run of the same configuration, that run is continued."""
     preset: str = "tiny"
-    """Model size: tiny, 30m, 50m, 100m or 200m of LLaMA; gpt-tiny, gpt-30m ... of GPT-2."""
+    """Model size: tiny, 30m, 50m, 100m or 200m of LLaMA; gpt-tiny, gpt-30m ... of GPT-2; of image classifiers
+    resnet-micro, resnet10, resnet18, vit-micro, vit-tiny or vit-small."""
     recipe: str = "bbq-w2a2"
     """What to quantize with, such as bbq-w2a2, quest-w4a4, lsq-w1a1; "none" trains in full precision."""
     rules: dict[str, str] = field(default_factory=dict)
@@ -74,9 +77,13 @@ class TrainConfig:
     steps: int = 300
     """Optimizer steps."""
     batch_size: int = 8
-    """Sequences in a micro-batch, over all processes."""
+    """Sequences, or images, in a micro-batch, over all processes."""
     sequence_length: int = 128
-    """Tokens in a sequence."""
+    """Tokens in a sequence; of no use for images."""
+    augment: str = "none"
+    """Of images: crop (moved by up to an eighth), flip (half of them mirrored), flip+crop, or none."""
+    label_smoothing: float = 0.0
+    """Of images: share of the target that is spread over all classes."""
     accumulation: int = 1
     """Micro-batches in a step."""
     learning_rate: float | None = None
@@ -137,9 +144,9 @@ class TrainConfig:
     evaluate_every: int = 100
     """Steps between validations."""
     evaluate_windows: int = 64
-    """Sequences in a validation during training."""
+    """Sequences, or images, in a validation during training."""
     final_windows: int = 4096
-    """Sequences in the last validation, at most."""
+    """Sequences, or images, in the last validation, at most."""
     checkpoint_every: int = 100
     """Steps between checkpoints."""
     keep_checkpoints: int = 2
@@ -158,6 +165,8 @@ class TrainConfig:
         _check(self, "compact", self.integer_forward or not self.compact, "left out without integer_forward")
         _check(self, "weight_decay", 0 <= self.weight_decay < math.inf, "0 or more")
         _check(self, "clip", self.clip > 0, "positive")
+        _check(self, "augment", self.augment in AUGMENTATIONS, f"one of {', '.join(AUGMENTATIONS)}")
+        _check(self, "label_smoothing", 0 <= self.label_smoothing < 1, "from 0 up to but without 1")
         for name in ("beta1", "beta2"):
             _check(self, name, 0 <= getattr(self, name) < 1, "from 0 up to but without 1")
         for name in ("warmup", "final"):

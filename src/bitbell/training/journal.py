@@ -77,13 +77,14 @@ class Progress:
     def __init__(self, steps: int, out: TextIO | None = None, every: float = 15.0) -> None:
         self.steps, self.out, self.every = steps, sys.stderr if out is None else out, every
         self.live = self.out.isatty()
+        self.unit = "tokens"  # of what the model is trained on
         self._last = -every
 
     def show(self, step: int, loss: float, learning_rate: float, tokens_per_second: float, seconds_left: float) -> None:
-        """Say where the run is: step, loss (nats), learning rate, tokens/s and the time left."""
+        """Say where the run is: step, loss (nats), learning rate, tokens (or images) a second, the time left."""
         text = (
             f"step {step}/{self.steps}  loss {loss:.4f}  lr {learning_rate:.2e}  "
-            f"{tokens_per_second:,.0f} tokens/s  {_clock(seconds_left)} left"
+            f"{tokens_per_second:,.0f} {self.unit}/s  {_clock(seconds_left)} left"
         )
         if self.live:
             width = shutil.get_terminal_size().columns - 1

@@ -26,11 +26,9 @@ from types import FrameType
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bitbell.data import TokenDataset, windows
-from bitbell.evaluation import Evaluation, LanguageModelLoss, evaluate, logits_of, weight_entropies
+from bitbell.evaluation import logits_of, weight_entropies
 from bitbell.evaluation.loss import autocast
 from bitbell.layers import TrainedLayer, calibrate, quantized_layers, report
 from bitbell.models import find_preset
@@ -43,8 +41,6 @@ from bitbell.training.distributed import (
     distribute,
     gradients_synchronised,
     join,
-    measure_together,
-    share_of_batches,
     share_statistics,
     whole,
 )
@@ -53,6 +49,7 @@ from bitbell.training.health import TrainingDiverged, first_bad_gradient, first_
 from bitbell.training.journal import Journal, Progress, read_metrics
 from bitbell.training.optimizer import learning_rate_at, make_optimizer
 from bitbell.training.run import build_run_model, load_run, lock_run, open_run, read_json, write_json
+from bitbell.training.tasks import Batch, Measured, Task, open_task
 
 
 @dataclass(frozen=True)
@@ -80,16 +77,16 @@ def train(config: TrainConfig, progress: Progress | None = None) -> TrainingResu
 
 
 def _train(config: TrainConfig, progress: Progress, world: World) -> TrainingResult:
-    dataset = TokenDataset.open(config.data)
+    task = open_task(config, world)
     device = pick_device(config.device, world.local_rank if world.size > 1 else None)
     precision = pick_precision(config.precision, device)
     out = Path(config.out)
     with world.held_by_first(lambda: lock_run(out)):
         if world.first(lambda: (out / "summary.json").exists()):
-            run = world.first(lambda: open_run(config, dataset, dtype_name(precision)))
+            run = world.first(lambda: open_run(config, task.facts, dtype_name(precision)))
             progress.say(f"{run} is finished already")
             return TrainingResult(run, config.steps, "finished", read_json(run / "summary.json"))
-        return _Run(config, dataset, device, precision, progress, world).go()
+        return _Run(config, task, device, precision, progress, world).go()
 
 
 def pick_device(name: str, local_rank: int | None = None) -> torch.device:
@@ -124,25 +121,21 @@ class _Run:
     def __init__(
         self,
         config: TrainConfig,
-        dataset: TokenDataset,
+        task: Task,
         device: torch.device,
         precision: torch.dtype,
         progress: Progress,
         world: World,
     ) -> None:
-        self.config, self.dataset, self.progress, self.world = config, dataset, progress, world
+        self.config, self.task, self.progress, self.world = config, task, progress, world
+        progress.unit = task.unit
         self.device, self.precision = device, precision
-        self.batches = share_of_batches(dataset, config, world)
-        self.validation = windows(
-            dataset, "valid", sequence_length=config.sequence_length, limit=config.evaluate_windows
-        )
-        self.bytes_per_token = dataset.num_bytes("valid") / dataset.num_tokens("valid")
         self.peak = config.learning_rate or find_preset(config.preset).learning_rate
-        self.model = build_run_model(config, dataset.vocab_size).to(self.device)
+        self.model = build_run_model(config, task.facts).to(self.device)
         self.fogzo: Fogzo | None = None
         if config.fogzo:
             self.fogzo = Fogzo(self.model, noise=config.fogzo_noise, samples=config.fogzo_samples, seed=config.seed)
-        self.run = world.first(lambda: open_run(config, dataset, dtype_name(precision)))
+        self.run = world.first(lambda: open_run(config, task.facts, dtype_name(precision)))
         self._prepare(world.first(lambda: list_checkpoints(self.run)))
         self.journal = Journal(self.run, self.step, config.tensorboard) if world.is_first else None
         self.stop_requested = self.stop_agreed = False
@@ -154,7 +147,7 @@ class _Run:
         share_statistics(self.model, world.statistics)
         if not checkpoints and any(True for _ in quantized_layers(self.model)):
             with autocast(self.model, self.precision):
-                calibrate(self.model, self._tokens(0)[:, :-1])
+                calibrate(self.model, self._batch(0)[0])
         if not config.sync_statistics:
             share_statistics(self.model, world.statistics._replace(group=None))
         self.forward = distribute(self.model, config, world, self.progress.say)
@@ -165,8 +158,9 @@ class _Run:
             load_checkpoint(checkpoints[-1], self.model, self.optimizer)
             self.progress.say(f"continuing {self.run} after step {self.step}")
 
-    def _tokens(self, micro_batch: int) -> Tensor:
-        return self.batches.batch(micro_batch).to(self.device)
+    def _batch(self, micro_batch: int) -> Batch:
+        inputs, targets = self.task.batch(micro_batch)
+        return inputs.to(self.device), targets.to(self.device)
 
     def go(self) -> TrainingResult:
         self.losses: list[float] = []
@@ -204,9 +198,9 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["rate"]
         losses = []
-        for index, tokens in enumerate(self._micro_batches(), 1):
+        for index, batch in enumerate(self._micro_batches(), 1):
             with gradients_synchronised(self.forward, now=index == config.accumulation or config.reduce_every):
-                loss = self._loss(tokens)
+                loss = self._loss(batch)
                 (loss / config.accumulation).backward()
             losses.append(loss.detach())
         total = self._agree_on_losses(torch.stack(losses).tolist())
@@ -229,19 +223,20 @@ class _Run:
         means = [value / self.world.size for value in sums]
         bad = next((index for index, mean in enumerate(means) if not math.isfinite(mean)), None)
         if bad is not None:
-            tokens = list(self._micro_batches())[bad]
-            where = first_not_finite(self.model, tokens[:, :-1], self.world.smallest)
+            inputs, _ = list(self._micro_batches())[bad]
+            where = first_not_finite(self.model, inputs, self.world.smallest)
             self._diverge(f"the loss is {means[bad]}", where)
         return sum(value / self.config.accumulation for value in means)
 
-    def _micro_batches(self) -> Iterator[Tensor]:
+    def _micro_batches(self) -> Iterator[Batch]:
         for index in range(self.config.accumulation):
-            yield self._tokens(self.step * self.config.accumulation + index)
+            yield self._batch(self.step * self.config.accumulation + index)
 
-    def _loss(self, tokens: Tensor) -> Tensor:
+    def _loss(self, batch: Batch) -> Tensor:
+        inputs, targets = batch
         with autocast(self.model, self.precision):
-            logits = logits_of(self.forward, tokens[:, :-1])
-        return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+            logits = logits_of(self.forward, inputs)
+        return self.task.loss(logits, targets)
 
     def _correct_gradients(self) -> None:
         """FOGZO, where it is asked for and due: once a step, over the same micro-batches as the gradient."""
@@ -253,7 +248,7 @@ class _Run:
             return
 
         def loss() -> float:
-            here = sum(self._loss(tokens).item() for tokens in self._micro_batches())
+            here = sum(self._loss(batch).item() for batch in self._micro_batches())
             return self.world.sum([here])[0] / self.world.size / config.accumulation
 
         try:
@@ -288,7 +283,7 @@ class _Run:
         config, now = self.config, time.perf_counter()
         done = self.step - self.logged_step
         step_seconds = (now - self.logged_at - self.paused) / max(done, 1)
-        tokens = config.batch_size * config.accumulation * config.sequence_length / max(step_seconds, 1e-9)
+        units = config.batch_size * config.accumulation * self.task.units_per_sample / max(step_seconds, 1e-9)
         loss = sum(self.losses) / len(self.losses)
         self._record(
             "train",
@@ -296,12 +291,12 @@ class _Run:
             loss=loss,
             learning_rate=self.rate,
             gradient_norm=self.norm,
-            tokens_per_second=tokens,
+            **{f"{self.task.unit}_per_second": units},
             step_seconds=step_seconds,
             seconds=(self.journal.seconds_before if self.journal else 0.0) + now - self.started,
             **({"fogzo_agreement": sum(self.agreements) / len(self.agreements)} if self.agreements else {}),
         )
-        self.progress.show(self.step, loss, self.rate, tokens, (config.steps - self.step) * step_seconds)
+        self.progress.show(self.step, loss, self.rate, units, (config.steps - self.step) * step_seconds)
         self.losses, self.agreements = [], []
         self.logged_step, self.paused, self.logged_at = self.step, 0.0, time.perf_counter()
 
@@ -314,27 +309,9 @@ class _Run:
             self._record("quantizers", self.step, layers=layers)
 
     def _validate(self) -> None:
-        measured = self._measure(self.validation)
-        self._record(
-            "valid",
-            self.step,
-            loss=measured.loss,
-            perplexity=measured.perplexity,
-            bits_per_byte=measured.bits_per_byte,
-        )
-        self.progress.say(
-            f"step {self.step}  validation loss {measured.loss:.4f}  perplexity {measured.perplexity:.2f}"
-        )
-
-    def _measure(self, data: Tensor) -> LanguageModelLoss:
-        return measure_together(
-            self.model,
-            data,
-            self.world,
-            bytes_per_token=self.bytes_per_token,
-            batch_size=self.config.batch_size,
-            precision=self.precision,
-        )
+        measured = self.task.measure(self.model, self.config.evaluate_windows, self.precision)
+        self._record("valid", self.step, **measured.numbers)
+        self.progress.say(f"step {self.step}  validation loss {measured.numbers['loss']:.4f}, {measured.words}")
 
     def _checkpoint(self) -> None:
         keep = self.config.keep_checkpoints
@@ -343,39 +320,20 @@ class _Run:
     def _finish(self) -> dict[str, Any]:
         """Checkpoint, evaluate on the validation split, and write the summary."""
         self._checkpoint()
-        config = self.config
-        data = windows(self.dataset, "valid", sequence_length=config.sequence_length, limit=config.final_windows)
-        measured = self._measure(data)
+        measured = self.task.measure(self.model, self.config.final_windows, self.precision)
         summary = self.world.first(lambda: self._summarize(measured))
-        self._record(
-            "valid",
-            self.step,
-            loss=measured.loss,
-            perplexity=measured.perplexity,
-            bits_per_byte=measured.bits_per_byte,
-        )
+        self._record("valid", self.step, **measured.numbers)
         self._record("end", self.step)
-        self.progress.say(
-            f"finished: validation loss {measured.loss:.4f}, perplexity {measured.perplexity:.2f}, "
-            f"{measured.bits_per_byte:.3f} bits/byte"
-        )
+        self.progress.say(f"finished: validation loss {measured.numbers['loss']:.4f}, {measured.words}")
         return summary
 
-    def _summarize(self, measured: LanguageModelLoss) -> dict[str, Any]:
+    def _summarize(self, measured: Measured) -> dict[str, Any]:
         """Write the summary, in one process; of several, from the checkpoint, whose quantizers wait for no other."""
         config = self.config
         model = self.model if self.world.size == 1 else load_run(self.run)[0].to(self.device)
-        result = evaluate(
-            model,
-            self.dataset,
-            sequence_length=config.sequence_length,
-            limit=config.final_windows,
-            batch_size=config.batch_size // self.world.size,
-            precision=self.precision,
-            measured=measured,
-            code_windows=4 * config.batch_size,
-        )
-        summary = summarize(self.run, config, model, result, self.precision)
+        result = self.task.conclude(model, measured, config.final_windows, self.precision)
+        counts = {f"{self.task.unit}_seen": samples_seen(config) * self.task.units_per_sample}
+        summary = summarize(self.run, config, model, result, self.precision, measured.numbers | counts)
         write_json(self.run / "summary.json", summary)
         return summary
 
@@ -387,10 +345,20 @@ def _scales(layer: TrainedLayer) -> dict[str, float]:
     return scales
 
 
+def samples_seen(config: TrainConfig) -> int:
+    """Sequences, or images, that a whole run trains on."""
+    return config.steps * config.batch_size * config.accumulation
+
+
 def summarize(
-    run: Path, config: TrainConfig, model: nn.Module, result: Evaluation, precision: torch.dtype
+    run: Path,
+    config: TrainConfig,
+    model: nn.Module,
+    result: Any,
+    precision: torch.dtype,
+    numbers: dict[str, float],
 ) -> dict[str, Any]:
-    """Every final number of a run, as plain JSON: quality, entropy, sizes and speed."""
+    """Every final number of a run, as plain JSON: quality (`numbers`), entropy, sizes and speed."""
     rows = report(model).rows
     layers = [asdict(layer) for layer in result.layers]
     recipes = {(row.recipe, row.weight_bits, row.activation_bits) for row in result.layers}
@@ -403,12 +371,9 @@ def summarize(
         "weight_bits": weight_bits,
         "activation_bits": activation_bits,
         "steps": config.steps,
-        "tokens_seen": config.steps * config.batch_size * config.accumulation * config.sequence_length,
         "seed": config.seed,
         "fogzo": config.fogzo,
-        "loss": result.loss,
-        "perplexity": result.perplexity,
-        "bits_per_byte": result.bits_per_byte,
+        **numbers,
         "weight_entropy": result.weight_entropy,
         "activation_entropy": result.activation_entropy,
         "parameters": sum(p.numel() for p in model.parameters()),

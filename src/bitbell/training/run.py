@@ -25,16 +25,14 @@ from bitbell.training.config import TrainConfig
 if TYPE_CHECKING:
     from torch import nn
 
-    from bitbell.data import TokenDataset
-
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
-def open_run(config: TrainConfig, dataset: TokenDataset, computed_in: str) -> Path:
+def open_run(config: TrainConfig, facts: Mapping[str, Any], computed_in: str) -> Path:
     """Make the run's directory, or open that of the same configuration, data and precision to continue it.
 
-    Raises ValueError naming the fields that differ if it holds another run, and OSError naming it if it cannot be
-    written.
+    facts: of the data, which build the run's model again; see `build_run_model`. Raises ValueError naming the fields
+    that differ if it holds another run, and OSError naming it if it cannot be written.
     """
     run = Path(config.out)
     fingerprint = data_fingerprint(Path(config.data))
@@ -59,7 +57,7 @@ def open_run(config: TrainConfig, dataset: TokenDataset, computed_in: str) -> Pa
             if (Path(config.data) / name).exists():
                 (run / name).with_suffix(".partial").write_bytes((Path(config.data) / name).read_bytes())
                 os.replace((run / name).with_suffix(".partial"), run / name)
-        extra = {"versions": versions(), "data_fingerprint": fingerprint, "vocab_size": dataset.vocab_size}
+        extra = {"versions": versions(), "data_fingerprint": fingerprint, **facts}
         write_json(
             run / "config.json",
             config.to_dict() | {"data": str(Path(config.data).resolve())} | extra | {"computed_in": computed_in},
@@ -117,12 +115,20 @@ def data_fingerprint(data: Path) -> str:
     return hashlib.sha256((data / "dataset.json").read_bytes()).hexdigest()[:16]
 
 
-def build_run_model(config: TrainConfig, vocab_size: int) -> nn.Module:
-    """The model of a configuration, quantized but not yet calibrated or trained."""
+def build_run_model(config: TrainConfig, facts: Mapping[str, Any]) -> nn.Module:
+    """The model of a configuration, quantized but not yet calibrated or trained.
+
+    facts: of the data: "vocab_size" of text; "images", with their classes, size and channels.
+    """
     from bitbell.layers import as_recipe, quantize
     from bitbell.models import build_model
 
-    model = build_model(config.preset, vocab_size=vocab_size, sequence_length=config.sequence_length, seed=config.seed)
+    if "images" in facts:
+        of = facts["images"]
+        shape: dict[str, Any] = {"labels": of["classes"], "image_size": of["size"], "channels": of["channels"]}
+    else:
+        shape = {"vocab_size": facts["vocab_size"], "sequence_length": config.sequence_length}
+    model = build_model(config.preset, **shape, seed=config.seed)
     rules = config.rules or as_recipe(config.recipe)
     if rules is None:
         return model
@@ -142,7 +148,7 @@ def load_run(run: str | Path) -> tuple[nn.Module, TrainConfig, int]:
     checkpoints = list_checkpoints(run)
     if not checkpoints:
         raise ValueError(f"{run} has no checkpoint yet; train it with `bitbell train --out {run} ...`")
-    model = build_run_model(config, extra["vocab_size"])
+    model = build_run_model(config, extra)
     load_checkpoint(checkpoints[-1], model)
     return model.eval(), config, checkpoints[-1].step
 

@@ -1,0 +1,122 @@
+"""Loss and accuracy of an image classifier."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bitbell.evaluation.codes import LayerCodes, layer_codes
+from bitbell.evaluation.loss import autocast, device_of, evaluation_mode, logits_of
+
+if TYPE_CHECKING:
+    from bitbell.data import ImageDataset
+
+LabelledImages = tuple[Tensor, Tensor]  # (N, channels, H, W) float32 and (N,) int64
+
+
+@dataclass(frozen=True)
+class ClassificationScore:
+    """loss: mean negative log likelihood of an image's class, nats. accuracy, accuracy_top5: share of the images whose
+    class is the likeliest, or among the five likeliest."""
+
+    loss: float
+    accuracy: float
+    accuracy_top5: float
+    images: int
+
+
+@dataclass(frozen=True)
+class ImageEvaluation:
+    """A score, and how codes are used: entropies in bits, unweighted means over layers, None in full precision."""
+
+    loss: float
+    accuracy: float
+    accuracy_top5: float
+    images: int
+    weight_entropy: float | None
+    activation_entropy: float | None
+    layers: tuple[LayerCodes, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON of every field."""
+        return dataclasses.asdict(self)
+
+
+@torch.no_grad()
+def sum_scores(model: nn.Module, batches: Iterable[LabelledImages], precision: torch.dtype) -> list[float]:
+    """Sums over images: of losses, of hits, of hits among five; and how many images. The model is put in evaluation
+    mode for the while."""
+    losses, hits, hits5, images = 0.0, 0, 0, 0
+    with evaluation_mode(model), autocast(model, precision):
+        for x, labels in batches:
+            labels = labels.to(device_of(model))
+            logits = logits_of(model, x.to(device_of(model))).float()
+            losses += math.fsum(F.cross_entropy(logits, labels, reduction="none").double().tolist())
+            likeliest = logits.topk(min(5, logits.shape[-1])).indices == labels[:, None]
+            hits, hits5 = hits + int(likeliest[:, 0].sum()), hits5 + int(likeliest.sum())
+            images += len(labels)
+    return [losses, float(hits), float(hits5), float(images)]
+
+
+def score_of(sums: list[float]) -> ClassificationScore:
+    """The score of `sum_scores`, perhaps of several processes. Raises ValueError for no images."""
+    losses, hits, hits5, images = sums
+    if not images:
+        raise ValueError("there are no images to measure on")
+    return ClassificationScore(losses / images, hits / images, hits5 / images, int(images))
+
+
+def image_batches(
+    dataset: ImageDataset, split: str, batch_size: int, limit: int | None = None, start: int = 0
+) -> Iterable[LabelledImages]:
+    """Batches of a split in a fixed order that mixes the classes: images `start` up to `limit` of it."""
+    from bitbell.data.shuffle import Permutation
+
+    order = Permutation(dataset.num_images(split), 0)
+    last = min(dataset.num_images(split), limit or dataset.num_images(split))
+    for first in range(start, last, batch_size):
+        yield dataset.images(split, order(np.arange(first, min(first + batch_size, last))))
+
+
+def evaluate_images(
+    model: nn.Module,
+    dataset: ImageDataset,
+    *,
+    split: str = "valid",
+    limit: int | None = None,
+    batch_size: int = 64,
+    precision: torch.dtype = torch.float32,
+    score: ClassificationScore | None = None,
+) -> ImageEvaluation:
+    """Evaluate a full-precision, quantized or packed classifier on a split of an image set.
+
+    limit: images at most (None: all). score: where it is known already. Activation entropies come from the first
+    four batches. Raises ValueError where the model has another number of classes or channels than the data.
+    """
+    check_classes(model, dataset)
+    score = score or score_of(sum_scores(model, image_batches(dataset, split, batch_size, limit), precision))
+    few = min(limit or 4 * batch_size, 4 * batch_size)
+    layers = layer_codes(model, [x for x, _ in image_batches(dataset, split, batch_size, few)])
+    used = [row.activation_entropy for row in layers if row.activation_entropy is not None]
+    weights = [row.weight_entropy for row in layers]
+    weight_entropy, activation_entropy = (sum(found) / len(found) if found else None for found in (weights, used))
+    numbers = score.loss, score.accuracy, score.accuracy_top5, score.images
+    return ImageEvaluation(*numbers, weight_entropy, activation_entropy, tuple(layers))
+
+
+def check_classes(model: nn.Module, dataset: ImageDataset) -> None:
+    """Raise ValueError if the model's configuration says that it is not for the classes or channels of the data."""
+    config = getattr(model, "config", None)
+    classes, channels = (getattr(config, name, None) for name in ("num_labels", "num_channels"))
+    if classes not in (None, len(dataset.classes)):
+        raise ValueError(f"the data has {len(dataset.classes)} classes, the model {classes}")
+    if channels not in (None, dataset.channels):
+        raise ValueError(f"the data's images have {dataset.channels} channels, the model takes {channels}")

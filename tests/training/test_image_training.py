@@ -1,0 +1,156 @@
+"""Image classifiers through the same loop: they learn, stop and go on, pack, verify; data and preset must fit."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import bitbell
+from bitbell.data import ImageDataset, prepare_images
+from bitbell.evaluation import evaluate_images
+from bitbell.evaluation.classification import image_batches, score_of, sum_scores
+from bitbell.models import build_model
+from bitbell.training import TrainConfig, train
+from bitbell.training.journal import read_metrics
+from bitbell.training.run import load_run
+
+pytest.importorskip("sklearn")
+Make = Callable[..., TrainConfig]
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> ImageDataset:
+    return prepare_images("digits", tmp_path_factory.mktemp("images") / "digits", size=8)
+
+
+@pytest.fixture
+def make(digits: ImageDataset, tmp_path: Path) -> Make:
+    def config(name: str = "run", **changes: Any) -> TrainConfig:
+        base: dict[str, Any] = {"preset": "vit-micro", "recipe": "bbq-vision-w2a2", "steps": 6, "batch_size": 16}
+        base |= {"precision": "float32", "tensorboard": False, "evaluate_every": 3, "augment": "crop"}
+        return TrainConfig(data=str(digits.path), out=str(tmp_path / name), **(base | changes))
+
+    return config
+
+
+def tensors(run: Path) -> dict[str, torch.Tensor]:
+    return load_run(run)[0].state_dict()
+
+
+@pytest.mark.parametrize("preset", ["resnet-micro", "vit-micro"])
+def test_a_run_is_evaluated_packed_and_verified(make: Make, preset: str, digits: ImageDataset, tmp_path: Path) -> None:
+    result = train(make(preset=preset, label_smoothing=0.1))
+    assert result.status == "finished"
+    summary, metrics = result.summary, read_metrics(result.run / "metrics.jsonl")
+    assert summary["images_seen"] == 6 * 16
+    assert summary["recipe"] == "bbq-vision-w2a2"
+    assert 0 <= summary["accuracy"] <= summary["accuracy_top5"] <= 1
+    assert [event["step"] for event in metrics if event["event"] == "valid"] == [3, 6]
+    assert all("images_per_second" in event for event in metrics if event["event"] == "train")
+    model, config, step = load_run(result.run)
+    assert (config.preset, step) == (preset, 6)
+    assert model.config.id2label[9] == "9"
+    again = evaluate_images(model, digits, batch_size=16)
+    assert again.loss == pytest.approx(summary["loss"], abs=1e-6)
+    assert again.accuracy == summary["accuracy"]
+    packed = bitbell.pack(model)
+    assert bitbell.verify(model, packed).logit_difference < 1e-6
+    loaded = bitbell.load(packed.save(tmp_path / "packed"))
+    assert evaluate_images(loaded, digits, batch_size=16).loss == pytest.approx(summary["loss"], abs=1e-3)
+
+
+def test_a_stopped_run_goes_on_to_the_same_numbers(make: Make) -> None:
+    whole = train(make("whole", preset="resnet-micro", augment="flip+crop"))
+    half = make("half", preset="resnet-micro", augment="flip+crop", stop_after=4)
+    assert train(half).status == "stopped"
+    continued = train(make("half", preset="resnet-micro", augment="flip+crop"))
+    ours, theirs = tensors(continued.run), tensors(whole.run)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert continued.summary["loss"] == whole.summary["loss"]
+
+
+def test_fogzo_and_accumulation_work_on_images(make: Make) -> None:
+    result = train(make(steps=3, fogzo=True, fogzo_start=0.0, accumulation=2, preset="resnet-micro", recipe="bbq-w2a2"))
+    assert any("fogzo_agreement" in event for event in read_metrics(result.run / "metrics.jsonl"))
+
+
+def test_a_bad_number_is_named(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, calls = ImageDataset.images, []
+
+    def broken(self: ImageDataset, split: str, places: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        images, labels = original(self, split, places)
+        calls.append(split)
+        return images * (torch.nan if len(calls) > 2 else 1.0), labels  # calibration and one step are whole
+
+    monkeypatch.setattr(ImageDataset, "images", broken)
+    with pytest.raises(
+        bitbell.training.TrainingDiverged, match="the loss is nan at step 2, first in the output of vit"
+    ):
+        train(make())
+
+
+def test_data_and_preset_must_fit_each_other(make: Make, small_data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"preset=tiny is a model of text, and .*digits is a data set of images"):
+        train(make(preset="tiny"))
+    text = TrainConfig(data=str(small_data), out=str(tmp_path / "text"), preset="resnet10")
+    with pytest.raises(ValueError, match=r"preset=resnet10 is a model of images, and .* is a data set of text"):
+        train(text)
+    with pytest.raises(ValueError, match="image_size must be a multiple of the 16 pixels of a patch, got 8"):
+        train(make(preset="vit-tiny"))
+    with pytest.raises(ValueError, match=r"augment must be one of none, crop, flip, flip\+crop, got augment='mixup'"):
+        make(augment="mixup")
+    with pytest.raises(ValueError, match="label_smoothing must be from 0 up to but without 1"):
+        make(label_smoothing=1.0)
+
+
+def test_another_image_set_is_refused_on_resume(make: Make, tmp_path: Path) -> None:
+    train(make(stop_after=2))
+    other = prepare_images("digits", tmp_path / "other", size=8, seed=3)
+    with pytest.raises(ValueError, match="holds a run of another configuration"):
+        train(TrainConfig(**(make().to_dict() | {"data": str(other.path)})))
+    kept = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert kept["images"] == {"classes": list("0123456789"), "size": 8, "channels": 1}
+
+
+# Scores --------------------------------------------------------------------------------------------------------------
+
+
+def test_scores_are_those_of_a_model_that_knows(digits: ImageDataset) -> None:
+    """A model that gives the right class a logit of 3 in one half of the images, and the second place in the other."""
+    batches = list(image_batches(digits, "valid", 50))
+    answers = {
+        tuple(x.flatten().tolist()): int(y) for images, labels in batches for x, y in zip(images, labels, strict=True)
+    }
+
+    class Oracle(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            logits = torch.zeros(len(images), 10)
+            for row, image in zip(logits, images, strict=True):
+                label = answers[tuple(image.flatten().tolist())]
+                row[label], row[(label + 1) % 10] = 3.0, 4.0 if label % 2 else 0.0
+            return logits
+
+    labels = torch.cat([labels for _, labels in batches])
+    score = score_of(sum_scores(Oracle(), batches, torch.float32))
+    assert score.images == digits.num_images("valid") == len(labels)
+    assert score.accuracy == pytest.approx(float((labels % 2 == 0).float().mean()))
+    assert score.accuracy_top5 == 1
+    expected = torch.nn.functional.cross_entropy(torch.cat([Oracle()(x) for x, _ in batches]), labels)
+    assert score.loss == pytest.approx(float(expected), rel=1e-6)
+    few = list(image_batches(digits, "valid", 7, limit=20))
+    assert [len(labels) for _, labels in few] == [7, 7, 6]
+    assert torch.equal(
+        torch.cat([x for x, _ in few]), torch.cat([x for x, _ in image_batches(digits, "valid", 20, 20)])
+    )
+    with pytest.raises(ValueError, match="there are no images"):
+        score_of([0.0, 0.0, 0.0, 0.0])
+
+
+def test_a_model_of_other_classes_or_channels_is_refused(digits: ImageDataset) -> None:
+    with pytest.raises(ValueError, match="the data has 10 classes, the model 3"):
+        evaluate_images(build_model("vit-micro", labels=3, channels=1), digits)
+    with pytest.raises(ValueError, match="images have 1 channels, the model takes 3"):
+        evaluate_images(build_model("vit-micro", labels=10), digits)
