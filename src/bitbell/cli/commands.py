@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from bitbell.training.config import TrainConfig
 
 
-def tokenize(
 NATIVE_STEP = {"auto": None, "always": True, "never": False}  # what --native says of the C++ step
 
+
+def tokenize(
     sources: tyro.conf.Positional[tuple[str, ...]],
     /,
     out: str,
