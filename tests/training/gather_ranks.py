@@ -180,6 +180,40 @@ def codes_kept(mesh: DeviceMesh, regather: bool) -> int:
     return alive
 
 
+def order_of_messages(mesh: DeviceMesh) -> list[str]:
+    """Which block's codes are sent and read, and which block's gradients are sent and awaited, one after the other."""
+    from bitbell.training import gather as module
+
+    model = stack("bbq-w2a2")
+    gather = LowBitGather(model, mesh, [model[i] for i in (0, 1, 3)])
+    number = {id(rows): i for i, group in enumerate(gather.groups) for rows in group.members}
+    seen: list[str] = []
+
+    def noted(owner: Any, name: str, word: str, rows_of: Any) -> None:
+        method = getattr(owner, name)
+
+        def call(self: Any, *args: Any) -> Any:
+            seen.append(f"{word} {number[id(rows_of(self, *args))]}")
+            return method(self, *args)
+
+        restore.append((owner, name, method))
+        setattr(owner, name, call)
+
+    restore: list[tuple[Any, str, Any]] = []
+    noted(module._Gathered, "send", "send", lambda self: self.members[0])
+    noted(module._Gathered, "read", "read", lambda self, rows: rows)
+    noted(module._Reduction, "start", "reduce", lambda self, g: self.rows)
+    noted(module._Reduction, "finish", "await", lambda self: self.rows)
+    try:
+        y = model(torch.randn(2, 32))
+        seen.append("backward")
+        y.sum().backward()
+    finally:
+        for owner, name, method in restore:
+            setattr(owner, name, method)
+    return [word for i, word in enumerate(seen) if i == 0 or word != seen[i - 1]]
+
+
 def refusals(mesh: DeviceMesh) -> dict[str, Any]:
     mixed = bitbell.quantize(nn.Sequential(*(nn.Linear(16, 16) for _ in range(3))), {"0": "lsq-w2a2", "1": "bbq-w2a2"})
     gather = LowBitGather(bitbell.calibrate(mixed, torch.randn(4, 16)), mesh)
@@ -260,6 +294,7 @@ def main(rank: int, ranks: int, folder: Path) -> None:
         once, again = (count_codes(mesh, regather) for regather in (False, True))
         found["codes moved"], found["codes moved regathering"] = once["all_gather_single"], again["all_gather_single"]
         found["messages"] = once["all_gather_single calls"]
+        found["order"] = order_of_messages(mesh)
         found["kept"] = [codes_kept(mesh, regather) for regather in (False, True)]
         found["refusals"] = refusals(mesh)
         found["recomputed"] = [recomputed(mesh, reentrant) for reentrant in (False, True)]

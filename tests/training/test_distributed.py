@@ -138,6 +138,9 @@ def same_work(size: int) -> list[dict[str, Any]]:
     ]
 
 
+LONG = {"distributed": "fsdp", "steps": 24, "checkpoint_every": 3, "entropy_every": 50, "evaluate_every": 50}
+
+
 def of_two() -> list[dict[str, Any]]:
     fsdp = {"distributed": "fsdp"}
     return [
@@ -153,6 +156,7 @@ def of_two() -> list[dict[str, Any]]:
         {"name": "gpt", "config": fsdp | {"preset": "micro-gpt", "steps": 1}},
         {"name": "low bits", "config": fsdp | {"low_bit_gather": True, "stop_after": 2}},
         {"name": "low bits gpt", "config": fsdp | {"low_bit_gather": True, "preset": "micro-gpt", "steps": 1}},
+        {"name": "left alone", "config": LONG},
         {"name": "every", "config": fsdp | {"accumulation": 2, "reduce_every": True}},
     ]
 
@@ -303,6 +307,10 @@ def test_fogzo_does_not_work_on_parts(family: Family) -> None:
 
 COMMAND = """
 import sys
+import torch
+from bitbell.kernels import native
+torch.set_num_threads(1)
+native.set_level(native.REFERENCE)
 from bitbell.models.presets import PRESETS, Preset
 PRESETS["micro"] = Preset(2, 64, 2, 128, 4e-3, 1e4, 300)
 from bitbell.cli.main import main
@@ -335,8 +343,7 @@ def children_of(pid: int) -> list[int]:
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="processes are found in /proc")
 def test_torchrun_with_a_killed_process_and_a_stop(family: Family, tmp_path: Path) -> None:
     """Killed without warning, then asked to stop, then left alone: the numbers of a run that was left alone."""
-    fields = {"distributed": "fsdp", "steps": 40, "checkpoint_every": 3, "entropy_every": 50, "evaluate_every": 50}
-    config = family.config("killed", **fields)
+    config = family.config("killed", **LONG)
     process = torchrun(config, tmp_path / "main.py")
     wait_for_step(Path(config.out), 5)
     os.kill(children_of(process.pid)[-1], signal.SIGKILL)
@@ -355,8 +362,5 @@ def test_torchrun_with_a_killed_process_and_a_stop(family: Family, tmp_path: Pat
     process = torchrun(config, tmp_path / "main.py")
     out, err = process.communicate(timeout=300)
     assert (process.returncode, out.split()) == (0, [config.out]), err
-    whole = family.config("left alone", **fields)
-    process = torchrun(whole, tmp_path / "main.py")
-    process.communicate(timeout=300)
     assert family.losses("killed") == family.losses("left alone")
     assert family.summary("killed")["loss"] == family.summary("left alone")["loss"]

@@ -22,7 +22,7 @@ def run(ranks: int, folder: Path) -> dict[str, Any]:
         for rank in range(ranks)
     ]
     try:
-        errors = [process.communicate(timeout=240)[1] for process in processes]
+        errors = [process.communicate(timeout=900)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -81,6 +81,16 @@ def test_two_bit_weights_move_an_eighth_of_bfloat16(two: dict[str, Any]) -> None
 
 def test_a_block_is_one_message(two: dict[str, Any]) -> None:
     assert two["messages"] == 3 * 2
+
+
+def test_codes_travel_while_other_blocks_compute(two: dict[str, Any]) -> None:
+    forward, backward = (two["order"][:6], two["order"][7:])
+    assert forward == ["send 0", "send 1", "read 0", "send 2", "read 1", "read 2"]
+    for block in (1, 2):
+        assert backward.index(f"send {block - 1}") < backward.index(f"reduce {block}")
+        # A reduced gradient is awaited only after the block before has gone backwards.
+        last = max(i for i, word in enumerate(backward) if word == f"reduce {block - 1}")
+        assert backward.index(f"await {block}") > last
 
 
 def test_regathering_keeps_no_codes(two: dict[str, Any]) -> None:
