@@ -105,7 +105,7 @@ struct Kernels {
   const char* name;
   // Codes of one row of k floats (k: as given, not padded). scratch: padded_k(k) floats. Fills codes up to padded_k(k).
   void (*quantize)(const InputPlan& plan, const float* x, int64_t k, int8_t* codes, float* step, int32_t* sum, float* scratch);
-  // x rearranged for `vector`: `prepared` has k bytes. Depends on the weights' and the inputs' bits only.
+  // x rearranged for `vector`: `prepared` has 2 * k bytes. Depends on the weights' and the inputs' bits only.
   void (*prepare)(const int8_t* x, int64_t k, int bits, int x_bits, int8_t* prepared);
   // acc[64] = codes of the panel times one prepared row.
   void (*vector)(const uint8_t* panel, int bits, int64_t k, const int8_t* prepared, int x_bits, int32_t* acc);

@@ -20,12 +20,8 @@ INLINE int shared_fields(int bits, int x_bits) {
   return bits == 4 ? 1 : 0;
 }
 
-void prepare(const int8_t* x, int64_t k, int bits, int x_bits, int8_t* prepared) {
-  const int shared = shared_fields(bits, x_bits);
-  if (shared <= 1) {
-    std::memcpy(prepared, x, static_cast<size_t>(k));
-    return;
-  }
+// Inputs times the missing powers of two, where `shared` fields of `bits` share a sum.
+void lift(const int8_t* x, int64_t k, int bits, int shared, int8_t* lifted) {
   alignas(64) int32_t shifts[16], kept[16];  // of four inputs, and the bits of each that are its own after shifting
   for (int i = 0; i < 16; i++) {
     shifts[i] = bits * (shared - 1 - i % shared);
@@ -33,7 +29,20 @@ void prepare(const int8_t* x, int64_t k, int bits, int x_bits, int8_t* prepared)
   }
   const __m512i count = load512(shifts), mask = load512(kept);
   for (int64_t i = 0; i < k; i += 64)
-    _mm512_storeu_si512(prepared + i, _mm512_and_si512(_mm512_sllv_epi32(load512(x + i), count), mask));
+    _mm512_storeu_si512(lifted + i, _mm512_and_si512(_mm512_sllv_epi32(load512(x + i), count), mask));
+}
+
+// 3 bits are multiplied as 2 and 1 where the inputs can be lifted for both: first for the one, then for the other.
+INLINE bool as_two_and_one(int bits, int x_bits) { return bits == 3 && x_bits <= 5; }
+
+void prepare(const int8_t* x, int64_t k, int bits, int x_bits, int8_t* prepared) {
+  if (as_two_and_one(bits, x_bits)) {
+    lift(x, k, 2, 2, prepared);
+    return lift(x, k, 1, 4, prepared + k);
+  }
+  const int shared = shared_fields(bits, x_bits);
+  if (shared > 1) lift(x, k, bits, shared, prepared);
+  else std::memcpy(prepared, x, static_cast<size_t>(k));
 }
 
 INLINE __m512i four_inputs(const int8_t* x) {
@@ -42,34 +51,50 @@ INLINE __m512i four_inputs(const int8_t* x) {
   return _mm512_set1_epi32(four);
 }
 
-// kBits 1, 2 or 4; kShared fields to a sum.
+// sum += four vectors of kBits-bit codes (1, 2 or 4) times 8 / kBits groups of lifted inputs, kShared fields to a sum.
+template <int kBits, int kShared>
+INLINE void add_fields(const uint8_t* codes, const int8_t* x, __m512i (&sum)[4][8 / kBits / kShared]) {
+  __m512i w[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    _mm_prefetch(reinterpret_cast<const char*>(codes) + kAhead + 64 * i, _MM_HINT_T0);
+    w[i] = load512(codes + 64 * i);
+  }
+#pragma GCC unroll 8
+  for (int j = 0; j < 8 / kBits; j++) {
+    const __m512i q = four_inputs(x + 4 * j);
+    const __m512i mask = _mm512_set1_epi8(static_cast<char>(((1 << kBits) - 1) << (kBits * j)));
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) sum[i][j / kShared] = _mm512_dpbusd_epi32(sum[i][j / kShared], _mm512_and_si512(w[i], mask), q);
+  }
+}
+
+// The sums of one vector's fields, each brought down from its power of two.
+template <int kBits, int kShared>
+INLINE __m512i total_of(const __m512i (&sum)[8 / kBits / kShared]) {
+  __m512i total = _mm512_setzero_si512();
+  for (int s = 0; s < 8 / kBits / kShared; s++)
+    total = _mm512_add_epi32(total, _mm512_srai_epi32(sum[s], kBits * (kShared * (s + 1) - 1)));
+  return total;
+}
+
 template <int kBits, int kShared>
 void one_row_masked(const uint8_t* panel, int64_t k, const int8_t* x, int32_t* acc) {
-  constexpr int kGroups = 8 / kBits, kSums = kGroups / kShared;
-  __m512i sum[4][kSums];
+  constexpr int kGroups = 8 / kBits;
+  __m512i sum[4][kGroups / kShared] = {};
+  for (int64_t c = 0; c < k / 4 / kGroups; c++) add_fields<kBits, kShared>(panel + 256 * c, x + 4 * kGroups * c, sum);
+  for (int i = 0; i < 4; i++) _mm512_storeu_si512(acc + 16 * i, total_of<kBits, kShared>(sum[i]));
+}
+
+void one_row_two_and_one(const uint8_t* panel, int64_t k, const int8_t* x, int32_t* acc) {
+  __m512i low[4][2] = {}, top[4][2] = {};
+  for (int64_t c = 0; c < k / 32; c++, panel += 768, x += 32) {
+    add_fields<2, 2>(panel, x, low);
+    add_fields<2, 2>(panel + 256, x + 16, low);
+    add_fields<1, 4>(panel + 512, x + k, top);
+  }
   for (int i = 0; i < 4; i++)
-    for (int s = 0; s < kSums; s++) sum[i][s] = _mm512_setzero_si512();
-  for (int64_t c = 0; c < k / 4 / kGroups; c++, panel += 256, x += 4 * kGroups) {
-    __m512i w[4];
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-      _mm_prefetch(reinterpret_cast<const char*>(panel) + kAhead + 64 * i, _MM_HINT_T0);
-      w[i] = load512(panel + 64 * i);
-    }
-#pragma GCC unroll 8
-    for (int j = 0; j < kGroups; j++) {
-      const __m512i q = four_inputs(x + 4 * j);
-      const __m512i mask = _mm512_set1_epi8(static_cast<char>(((1 << kBits) - 1) << (kBits * j)));
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; i++) sum[i][j / kShared] = _mm512_dpbusd_epi32(sum[i][j / kShared], _mm512_and_si512(w[i], mask), q);
-    }
-  }
-  for (int i = 0; i < 4; i++) {
-    __m512i total = _mm512_setzero_si512();
-    for (int s = 0; s < kSums; s++)
-      total = _mm512_add_epi32(total, _mm512_srai_epi32(sum[i][s], kBits * (kShared * (s + 1) - 1)));
-    _mm512_storeu_si512(acc + 16 * i, total);
-  }
+    _mm512_storeu_si512(acc + 16 * i, _mm512_add_epi32(total_of<2, 2>(low[i]), _mm512_slli_epi32(total_of<1, 4>(top[i]), 2)));
 }
 
 // 16 rows' codes of k-group `j` of a chunk, shifted down to bytes.
@@ -115,7 +140,8 @@ void vector(const uint8_t* panel, int bits, int64_t k, const int8_t* x, int x_bi
   if (bits == 1) return shared ? one_row_masked<1, 4>(panel, k, x, acc) : one_row_shifted<1>(panel, k, x, acc);
   if (bits == 2) return shared == 2 ? one_row_masked<2, 2>(panel, k, x, acc) : one_row_masked<2, 1>(panel, k, x, acc);
   if (bits == 4) return one_row_masked<4, 1>(panel, k, x, acc);
-  return bits == 3 ? one_row_shifted<3>(panel, k, x, acc) : one_row_shifted<8>(panel, k, x, acc);
+  if (bits == 8) return one_row_shifted<8>(panel, k, x, acc);
+  return as_two_and_one(bits, x_bits) ? one_row_two_and_one(panel, k, x, acc) : one_row_shifted<3>(panel, k, x, acc);
 }
 
 constexpr int64_t kBlock = 256;  // k at a time: their 64 rows of unpacked codes take 16 KiB
