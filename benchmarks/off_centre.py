@@ -18,7 +18,7 @@ import argparse
 import json
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +67,11 @@ class MovedLinear(nn.Linear):
         return F.linear(x + (dx * e).to(x.dtype), self.weight + dw * e, self.bias)
 
 
-def with_path(data: Path, variant: str, share: float) -> Callable[[TrainConfig, int], nn.Module]:
+def with_path(data: Path, variant: str, share: float) -> Callable[[TrainConfig, Mapping[str, Any]], nn.Module]:
     """`build_run_model`, with the linear layers inside the blocks moved."""
 
-    def build(config: TrainConfig, vocab_size: int) -> nn.Module:
-        model = build_run_model(config, vocab_size)
+    def build(config: TrainConfig, facts: Mapping[str, Any]) -> nn.Module:
+        model = build_run_model(config, facts)
         if variant == "none":
             return model
         batches = Batches(

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from bitbell.models import build_model
 from bitbell.training import TrainConfig, train
 from bitbell.training.journal import read_metrics
 from bitbell.training.run import load_run
+from bitbell.training.tasks import open_task
 
 pytest.importorskip("sklearn")
 Make = Callable[..., TrainConfig]
@@ -113,6 +115,26 @@ def test_another_image_set_is_refused_on_resume(make: Make, tmp_path: Path) -> N
         train(TrainConfig(**(make().to_dict() | {"data": str(other.path)})))
     kept = json.loads((tmp_path / "run" / "config.json").read_text())
     assert kept["images"] == {"classes": list("0123456789"), "size": 8, "channels": 1}
+
+
+def test_shares_of_the_validation_add_up_to_the_whole(make: Make) -> None:
+    """What each of two processes sums, before they exchange anything."""
+    model = bitbell.build_model("resnet-micro", labels=10, channels=1)
+
+    def sums(rank: int, size: int, images: int) -> torch.Tensor:
+        world = SimpleNamespace(rank=rank, size=size, sum=lambda values: values)
+        task: Any = open_task(make(batch_size=16), world)  # type: ignore[arg-type]
+        assert torch.equal(task.batch(3)[0], open_task(make(batch_size=16), world).batch(3)[0])  # type: ignore[arg-type]
+        return torch.tensor(task._sums(model, images, torch.float32), dtype=torch.float64)
+
+    parts, whole = [sums(rank, 2, 40) for rank in (0, 1)], sums(0, 1, 40)
+    torch.testing.assert_close(sum(parts), whole, rtol=1e-6, atol=1e-6)
+    assert parts[0][3] == parts[1][3] == 20
+    odd = [sums(rank, 2, 41) for rank in (0, 1)]  # both measure the last one
+    torch.testing.assert_close(odd[0] - parts[0], sums(0, 1, 41) - whole, rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(odd[1] - parts[1], odd[0] - parts[0], rtol=1e-6, atol=1e-5)
+    with pytest.raises(ValueError, match="must be a multiple of their number, 3; got batch_size=16"):
+        sums(0, 3, 40)
 
 
 # Scores --------------------------------------------------------------------------------------------------------------
