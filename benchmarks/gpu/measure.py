@@ -20,6 +20,10 @@ PACKAGES = ("torch", "triton", "transformers", "bitsandbytes", "torchao")
 Calls = Sequence[Callable[[], object]]
 
 
+class OneByOne(list[Callable[[], object]]):
+    """Calls that are not recorded as a graph, such as backward passes, which run where their forward pass ran."""
+
+
 @dataclass
 class Row:
     """One line of a table. ratio: how much better than `base` (above 1 is better; for a share, near 1), or None.
@@ -128,7 +132,7 @@ def _recorded(calls: Calls, machine: Machine) -> Callable[[], object]:
 
     for _ in range(1 if machine.quick else 3):  # compiles, and warms up
         one_by_one()
-    if not machine.is_gpu:
+    if not machine.is_gpu or isinstance(calls, OneByOne):
         return one_by_one
     machine.wait()
     graph = torch.cuda.CUDAGraph()

@@ -11,10 +11,11 @@ import argparse
 from collections.abc import Callable
 
 import torch
-from measure import Calls, Machine, Report, Row, compare, copies_for, median
+from measure import Calls, Machine, OneByOne, Report, Row, compare, copies_for, median
 from torch import Tensor, nn
 
-from bitbell.kernels import triton
+from bitbell.kernels import pack_codes, triton
+from bitbell.kernels.quantize import encode_packed, serves
 from bitbell.layers import as_recipe
 from bitbell.quantizers import Quantizer
 
@@ -66,7 +67,7 @@ def one_case(
         "copy": [lambda a=a, b=b: b.copy_(a) for a, b in zip(inputs, outputs, strict=True)],
     }
     moved = {"copy": 2 * size_of(x)}
-    for what, function in forwards(quantizer).items():
+    for what, function in forwards(quantizer, x).items():
         candidates[what] = [lambda a=a, f=function: f(a) for a in inputs]
         moved[what] = size_of(x) + written(function(x))
     if backward:
@@ -84,8 +85,9 @@ def one_case(
         )
 
 
-def forwards(quantizer: Quantizer) -> dict[str, Callable[[Tensor], tuple[Tensor | None, ...]]]:
-    """What there is of: codes without values, as products of integers take them, and values with codes."""
+def forwards(quantizer: Quantizer, x: Tensor) -> dict[str, Callable[[Tensor], tuple[Tensor | None, ...]]]:
+    """Codes without values, as products of integers take them; codes packed to their width, where there is a kernel for
+    that; and values with codes."""
 
     def without_gradient(function: Callable[[Tensor], tuple[Tensor | None, ...]]) -> Callable[[Tensor], tuple]:
         def call(x: Tensor) -> tuple[Tensor | None, ...]:
@@ -94,7 +96,13 @@ def forwards(quantizer: Quantizer) -> dict[str, Callable[[Tensor], tuple[Tensor 
 
         return call
 
-    found = {"codes": without_gradient(quantizer.quantize_codes)} if hasattr(quantizer, "quantize_codes") else {}
+    found = {"codes": without_gradient(quantizer.quantize_codes)}
+    plan = quantizer.plan()
+    if plan is not None and serves(plan, x):
+        scale = quantizer.scale if quantizer.scale_is_learned else None
+        operands = scale, quantizer.given_size(), quantizer.offset, *plan.encoded()
+        found["packed codes"] = without_gradient(lambda x: encode_packed(x, *operands))
+        check_packed(quantizer, x, found["packed codes"](x)[0])
     return found | {"values and codes": without_gradient(quantizer.quantize)}
 
 
@@ -105,7 +113,7 @@ def backwards(quantizer: nn.Module, inputs: list[Tensor], g: Tensor) -> tuple[Ca
     def call(values: Tensor, sources: list[Tensor]) -> tuple[Tensor, ...]:
         return torch.autograd.grad(values, sources, g.to(values.dtype), retain_graph=True, allow_unused=True)
 
-    calls = []
+    calls = OneByOne()
     for x in inputs:
         source = x.clone().requires_grad_()
         values = quantizer.quantize(source).values  # type: ignore[operator]
@@ -129,6 +137,13 @@ def check_codes(quantizer: Quantizer, x: Tensor) -> str:
     steps = float(((found.step - expected.step).abs() / expected.step.abs()).max())
     assert steps < 1e-4, f"steps differ by {steps:.1e}"
     return f"{share:.0e} of the codes differ"
+
+
+def check_packed(quantizer: Quantizer, x: Tensor, words: Tensor | None) -> None:
+    """Raises AssertionError unless packed codes are the codes, packed."""
+    with torch.no_grad():
+        codes = (quantizer.quantize_codes(x).codes.to(torch.int16) + 2 ** (quantizer.bits - 1)).to(torch.uint8)
+    assert torch.equal(words, pack_codes(codes, quantizer.bits)), "packed codes are not the codes"
 
 
 def size_of(t: Tensor) -> int:
