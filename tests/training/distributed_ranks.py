@@ -21,7 +21,7 @@ from bitbell.models.presets import PRESETS, Preset
 from bitbell.quantizers import make_quantizer
 from bitbell.quantizers.ranks import Ranks
 from bitbell.training import TrainConfig, loop, train
-from bitbell.training.distributed import local_part
+from bitbell.training.distributed import average_running_statistics, local_part
 
 MICRO = Preset(layers=2, width=64, heads=2, feed_forward=128, learning_rate=4e-3, tokens=1e4, vocabulary=300)
 
@@ -106,6 +106,15 @@ def compare_quantizers(rank: int, size: int) -> dict[str, float]:
     return found
 
 
+def average_batch_norms(rank: int, size: int) -> list[float]:
+    """Running means and variances after each process has seen its own batch, and their averages."""
+    norm = nn.BatchNorm1d(1).train()
+    norm(torch.tensor([[1.0], [2.0]]) * (rank + 1))
+    before = [float(norm.running_mean), float(norm.running_var)]
+    average_running_statistics(norm, Ranks(size, dist.group.WORLD.group_name))
+    return [*before, float(norm.running_mean), float(norm.running_var)]
+
+
 def far(ours: Tensor | None, theirs: Tensor | None) -> float:
     assert ours is not None
     assert theirs is not None
@@ -119,7 +128,7 @@ def main(rank: int, size: int, folder: Path) -> None:
     meeting, patience = f"file://{folder / f'meeting-{size}'}", timedelta(seconds=600)
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=size, timeout=patience)
     watch = Watch(rank)
-    found: dict[str, Any] = {"quantizers": compare_quantizers(rank, size)}
+    found: dict[str, Any] = {"quantizers": compare_quantizers(rank, size), "norms": average_batch_norms(rank, size)}
     for job in json.loads((folder / f"jobs-{size}.json").read_text()):
         watch.seen, watch.stop_at = {}, job.get("stop_at")
         try:

@@ -177,6 +177,15 @@ def test_quantizers_of_shares_work_as_one_of_the_whole_batch(family: Family, siz
 
 
 @pytest.mark.parametrize("size", [2, 4])
+def test_batch_norms_are_averaged(family: Family, size: int) -> None:
+    found = [found["norms"] for found in family.found[size]]
+    for own, averaged in ((0, 2), (1, 3)):
+        mean = sum(norms[own] for norms in found) / size
+        assert len({norms[own] for norms in found}) == size
+        assert [norms[averaged] for norms in found] == pytest.approx([mean] * size, rel=1e-6)
+
+
+@pytest.mark.parametrize("size", [2, 4])
 def test_several_processes_take_the_steps_of_one(family: Family, size: int) -> None:
     for job in same_work(size):
         name, recipe = job["name"], job["config"]["recipe"]

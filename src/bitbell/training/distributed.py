@@ -163,12 +163,15 @@ def share_statistics(model: nn.Module, ranks: Ranks) -> None:
 
 @torch.no_grad()
 def average_running_statistics(model: nn.Module, ranks: Ranks) -> None:
-    """Let every process have the mean of all processes' running statistics, in one message.
+    """Let every process have the mean of all processes' running statistics, in one message: of batch norms, and of
+    quantizers that go by their own share of a batch. No message if the model has neither.
 
     They are linear in what each batch measured, so this is the running average of the processes' mean.
     """
     quantizers = [layer.activation_quantizer for _, layer in quantized_layers(model)]
-    found = {id(b): b for q in quantizers if q is not None for b in q.buffers() if b.is_floating_point()}
+    owners: list[nn.Module] = [q for q in quantizers if q is not None and q.ranks.group is None]
+    owners += [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    found = {id(b): b for owner in owners for b in owner.buffers() if b.is_floating_point()}
     if found:
         means = mean_over(torch.cat([b.flatten() for b in found.values()]), ranks)
         for buffer, mean in zip(found.values(), means.split([b.numel() for b in found.values()]), strict=True):

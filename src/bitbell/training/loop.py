@@ -210,7 +210,7 @@ class _Run:
             self._diverge(f"the gradient norm is {norm}", first_bad_gradient(self.model, self.world.smallest))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.world.size > 1 and not config.sync_statistics:
+        if self.world.size > 1:
             average_running_statistics(self.model, self.world.statistics)
         self.step += 1
         self.losses.append(total)
