@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
     from bitbell.training.config import TrainConfig
 
-
 NATIVE_STEP = {"auto": None, "always": True, "never": False}  # what --native says of the C++ step
 
 
@@ -83,6 +82,8 @@ def evaluate(
     limit: int | None = None,
     batch_size: int = 8,
     device: str = "auto",
+    tasks: str | None = None,
+    task_folder: str | None = None,
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> int:
     """Loss, perplexity, bits per byte and code entropy; of an image classifier loss, accuracy and code entropy.
@@ -95,12 +96,19 @@ def evaluate(
         limit: Windows at most; by default all.
         batch_size: Windows at a time; changes no number, except under bbq-tensor recipes.
         device: auto (a GPU if there is one), cpu, cuda or cuda:N.
+        tasks: Tasks of lm_eval instead of data, separated by commas: wikitext,hellaswag. limit is examples of each.
+        task_folder: Folder with tasks of your own (YAML of lm_eval).
         as_json: Print every number as JSON.
     """
     from bitbell.data import TokenDataset, is_image_set
     from bitbell.evaluation import evaluate as run
 
     loaded, source = open_model(model, device)
+    if tasks is not None:
+        from bitbell.cli.tasks import evaluate_tasks
+
+        options: dict[str, Any] = {"batch_size": batch_size, "limit": limit, "task_folder": task_folder}
+        return evaluate_tasks(loaded, model, tasks, as_json, **options)
     if is_image_set(_data_of(source, data)):
         return evaluate_classifier(loaded, _data_of(source, data), split, limit, batch_size, as_json)
     dataset = TokenDataset.open(_data_of(source, data))
