@@ -146,11 +146,11 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
         raise ValueError(f"codes must be below 2**{bits}, got {int(codes.max())}")
     rows, columns = codes.shape
     if 8 % bits == 0 and sys.byteorder == "little":  # the same without a byte for each bit
-        octets, each = 4 * packed_words(columns, bits), 8 // bits
-        padded = torch.nn.functional.pad(codes, (0, octets * each - columns)).reshape(rows, octets, each)
+        words, each = packed_words(columns, bits), 8 // bits
+        padded = torch.nn.functional.pad(codes, (0, 4 * words * each - columns)).reshape(rows, 4 * words, each)
         shift = bits * torch.arange(each, dtype=torch.uint8, device=codes.device)
         merged = (padded << shift).sum(-1, dtype=torch.uint8)
-        return merged.reshape(-1).view(torch.int32).reshape(rows, octets // 4)
+        return merged.reshape(-1).view(torch.int32).reshape(rows, words)
     stream = (codes[:, :, None] >> torch.arange(bits, dtype=torch.uint8, device=codes.device)) & 1
     stream = stream.reshape(rows, columns * bits)
     words = packed_words(columns, bits)
