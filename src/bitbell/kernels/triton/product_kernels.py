@@ -178,6 +178,13 @@ def few_kernel(
     x_sums = ()
     for _ in tl.static_range(M):
         x_sums = x_sums + (tl.zeros((BLOCK,), tl.int32),)
+    # What comes after the sums is asked for before them: a program waits for memory once.
+    scales = ()
+    w_sums = ()
+    if EPILOGUE:
+        for r in tl.static_range(OUTPUTS):
+            scales = scales + (tl.load(scale_ptr + first + r, mask=first + r < N, other=0.0),)
+            w_sums = w_sums + (tl.load(sums_ptr + first + r, mask=first + r < N, other=0),)
     for start in range(0, WORDS, BLOCK):
         j = start + tl.arange(0, BLOCK)
         inside = j < WORDS
@@ -223,7 +230,7 @@ def few_kernel(
             total = tl.sum(total)
             x_sum = tl.sum(x_sums[m])
             if EPILOGUE:
-                w_scale = tl.load(scale_ptr + n, mask=mask, other=0.0)
+                w_scale = scales[r]
                 w_offset = w_scale
                 bias = w_scale
                 if W_OFFSET:
@@ -233,7 +240,7 @@ def few_kernel(
                 y = _output(
                     total,
                     x_sum,
-                    tl.load(sums_ptr + n, mask=mask, other=0),
+                    w_sums[r],
                     w_scale,
                     tl.load(step_ptr + m * step_stride),
                     x_zero,
