@@ -152,6 +152,8 @@ METHODS = {
     "lsq": ("lsq", {"bits": 4, "rotation": 128}),
     "lsq-plus": ("lsq-plus", {"bits": 3, "asymmetric": True}),
     "absmax": ("absmax", {"bits": 8, "rotation": 128}),
+    "bbq-8": ("bbq", {"bits": 8, "rms": "token", "learn_offset": True}),
+    "absmax-tensor": ("absmax", {"bits": 3, "rotation": 64, "granularity": "tensor"}),
 }
 QUICK = {(90, "bbq", torch.bfloat16), (90, "bbq-weights", torch.float32), (80, "quest", torch.bfloat16)}
 SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes that a program may have on an A100, on an H200
