@@ -336,13 +336,14 @@ def torchrun(config: TrainConfig, script: Path) -> subprocess.Popen[str]:
     return subprocess.Popen([*command, "train", *flags], **pipes)  # type: ignore[call-overload]
 
 
-def wait_for_step(run: Path, step: int) -> None:
+def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
     deadline = time.monotonic() + 300
-    while time.monotonic() < deadline:
+    while time.monotonic() < deadline and process.poll() is None:
         if (run / "metrics.jsonl").exists() and any(e["step"] >= step for e in read_metrics(run / "metrics.jsonl")):
             return
         time.sleep(0.05)
-    raise AssertionError(f"the run did not reach step {step}")
+    process.kill()
+    raise AssertionError(f"the run did not reach step {step}: {process.communicate()[1][-3000:]}")
 
 
 def children_of(pid: int) -> list[int]:
@@ -354,7 +355,7 @@ def test_torchrun_with_a_killed_process_and_a_stop(family: Family, tmp_path: Pat
     """Killed without warning, then asked to stop, then left alone: the numbers of a run that was left alone."""
     config = family.config("killed", **LONG)
     process = torchrun(config, tmp_path / "main.py")
-    wait_for_step(Path(config.out), 5)
+    wait_for_step(process, Path(config.out), 5)
     os.kill(children_of(process.pid)[-1], signal.SIGKILL)
     process.communicate(timeout=300)
     assert process.returncode != 0
@@ -362,7 +363,7 @@ def test_torchrun_with_a_killed_process_and_a_stop(family: Family, tmp_path: Pat
     assert first >= 3
 
     process = torchrun(config, tmp_path / "main.py")
-    wait_for_step(Path(config.out), first + 5)
+    wait_for_step(process, Path(config.out), first + 5)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=300)
     assert "the same command continues it" in err
