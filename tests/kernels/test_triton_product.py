@@ -11,13 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from ahead_of_time import compile_launch, compiles, needs_triton, resources
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitbell.kernels import pack_codes, planes, triton
-
-needs_triton = pytest.mark.skipif(not triton._installed, reason="Triton is not installed")
-compiles = pytest.mark.skipif(not triton._installed or triton._interprets, reason="Triton does not compile here")
+from bitbell.kernels import pack_codes, planes
 
 
 @settings(max_examples=60, deadline=None)
@@ -90,44 +88,6 @@ def test_kernels_through_the_interpreter() -> None:
 # Compiled ahead of time: nothing here has a GPU, but the compiler needs none ------------------------------------------
 
 DEVICES = {80: (108, 163 * 1024, 8), 90: (132, 227 * 1024, 9)}  # A100, H200: what `product._device` says of them
-POINTERS = {torch.int8: "*i8", torch.uint8: "*u8", torch.int32: "*i32", torch.float32: "*fp32", torch.bfloat16: "*bf16"}
-
-
-def compile_launch(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], arch: int) -> Any:
-    """The kernel as it would be compiled for these arguments."""
-    from triton import compile as compile_kernel
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    constants = {name: value for name, value in options.items() if name.isupper()}
-    given_args = dict(zip(kernel.arg_names, args, strict=False)) | constants
-    signature, attributes = {}, {}
-    for place, name in enumerate(kernel.arg_names):
-        value = given_args[name]
-        if name in constants or (isinstance(value, int) and value == 1):
-            constants[name], signature[name] = value, "constexpr"
-        elif isinstance(value, torch.Tensor):
-            signature[name], attributes[(place,)] = POINTERS[value.dtype], [["tt.divisibility", 16]]
-        else:
-            signature[name] = "fp32" if isinstance(value, float) else "i32"
-            if isinstance(value, int) and value % 16 == 0:
-                attributes[(place,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    rest = {name: value for name, value in options.items() if not name.isupper()}
-    return compile_kernel(source, target=GPUTarget("cuda", arch, 32), options=rest)
-
-
-def resources(compiled: Any, folder: Path) -> tuple[int, int]:
-    """Registers of a thread, and bytes of its stack (what does not fit into registers)."""
-    import triton as package
-
-    tool = Path(package.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    file = folder / "kernel.cubin"
-    file.write_bytes(compiled.asm["cubin"])
-    text = subprocess.run([tool, "-res-usage", file], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
-    assert found is not None
-    return int(found[1]), int(found[2])
 
 
 @pytest.fixture

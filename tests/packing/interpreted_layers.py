@@ -105,12 +105,12 @@ def test_gradients_go_through_the_definition(make_layer: MakeLayer) -> None:
 
 
 def test_a_model_says_what_it_says_on_the_definitions(make_llama: MakeLlama, monkeypatch: pytest.MonkeyPatch) -> None:
-    packed, tokens = bitbell.pack(make_llama("bbq-w2a2")), torch.randint(0, 96, (1, 3), generator=generator(1))
+    packed, tokens = bitbell.pack(make_llama("bbq-w2a2")), torch.randint(0, 96, (1, 6), generator=generator(1))
     with torch.no_grad(), triton.using("off"), native.using(native.REFERENCE):
         expected = packed(tokens).logits
     calls = []
-    few = product._few
-    monkeypatch.setattr(product, "_few", lambda *args: calls.append(1) or few(*args))
+    many = product._many
+    monkeypatch.setattr(product, "_many", lambda *args, **tile: calls.append(1) or many(*args, **tile))
     with torch.no_grad():
         assert torch.allclose(packed(tokens).logits, expected, atol=1e-5)
     assert len(calls) == 7
