@@ -26,8 +26,9 @@ def load(
     """Read a packed directory.
 
     model: for what is no Hugging Face causal language model, an instance of the same full-precision architecture; its
-    linear layers are replaced in place. device: where it goes, by default the CPU. Raises PackedFileError (a ValueError) naming file, tensor and problem for a
-    directory that is damaged, of another version, or not what its own configuration says.
+    linear layers are replaced in place. device: where it goes, by default the CPU. Raises PackedFileError (a
+    ValueError) naming file, tensor and problem for a directory that is damaged, of another version, or not what its own
+    configuration says.
     """
     folder = Path(directory)
     config = read_config(folder)
