@@ -16,7 +16,7 @@ from bitbell.kernels import triton
 @pytest.mark.skipif(not triton._installed, reason="Triton is not installed")
 def test_layers_of_every_method_through_the_interpreter() -> None:
     cases = Path(__file__).with_name("interpreted_layers.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(cases)]
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(cases)]
     environment = os.environ | {"BITBELL_TRITON": "interpret"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

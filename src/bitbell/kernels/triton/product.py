@@ -107,7 +107,8 @@ def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> N
         options = {name: value for name, value in options.items() if name.isupper()}
     else:
         options["enable_fp_fusion"] = False  # the reference rounds products before it adds
-    kernel[grid](*args, **options)
+    with torch.cuda.device_of(args[0]):
+        kernel[grid](*args, **options)
 
 
 @dataclass
