@@ -19,6 +19,7 @@ from bitbell.layers import TrainedLayer, quantized_layers
 from bitbell.training import load_run
 
 DEAD = 0.1  # of the median of the layer
+SHOWN = 2.5
 
 
 @torch.no_grad()
@@ -58,9 +59,11 @@ def draw(runs: list[Path], sizes: list[dict[str, Tensor]], file: Path) -> None:
     figure, axes = pyplot.subplots(len(runs), 1, sharex=True, figsize=(7, 2 * len(runs)), squeeze=False)
     for axis, run, layers in zip(axes[:, 0], runs, sizes, strict=True):
         recipe = json.loads((run / "summary.json").read_text())["recipe"]
-        axis.hist(torch.cat([*layers.values()]).clamp(max=2.5).numpy(), bins=100, range=(0, 2.5), color="#33638d")
+        rows = torch.cat([*layers.values()])
+        axis.hist(rows.numpy(), bins=100, range=(0, SHOWN), color="#33638d")
         axis.axvline(DEAD, color="#b2452e", linewidth=1)
-        axis.set_title(recipe, loc="left", fontsize=10)
+        beyond = int((rows > SHOWN).sum())
+        axis.set_title(f"{recipe} ({beyond} channels are larger than shown)", loc="left", fontsize=10)
         axis.set_ylabel("channels")
         axis.spines[["top", "right"]].set_visible(False)
     axes[-1, 0].set_xlabel("size of a channel's weights, in units of its layer's median (red: a tenth of it)")
