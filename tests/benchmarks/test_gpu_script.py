@@ -44,6 +44,8 @@ def test_parts_run_without_tyro(tmp_path: Path) -> None:
     assert [parts[name]["status"] for name in ("kernels", "products")] == ["finished"] * 2
     rows = {row["case"].split(",")[0]: row for row in parts["products"]["rows"]}
     assert rows["integer_product"]["check"] == "sums exact"
+    assert parts["kernels"]["rows"][0]["check"] == "interpreted on the CPU"
+    assert rows["planes_product"]["milliseconds"] > 5  # the interpreter at work: the definition takes 0.05
     assert all(row["milliseconds"] > 0 for row in rows.values())
     table = (tmp_path / "out" / "results.md").read_text()
     assert "| case | ms | rate |" in table
