@@ -114,7 +114,7 @@ def test_nothing_is_fused_where_triton_does_not_compute() -> None:
 @needs_triton
 def test_kernels_through_the_interpreter() -> None:
     cases = Path(__file__).with_name("interpreted_quantize.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(cases)]
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(cases)]
     environment = os.environ | {"BITBELL_TRITON": "interpret"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
