@@ -13,7 +13,7 @@ from bitbell.data import TextTokenizer
 from bitbell.evaluation import logits_of
 from bitbell.serving import generate
 from bitbell.serving.bench import time_static
-from bitbell.serving.static import StaticDecoder, _choose, why_not_static
+from bitbell.serving.static import StaticDecoder, choose_token, why_not_static
 
 MakeLlama = Callable[..., Any]
 PROMPT = [72, 101, 108, 108, 111]
@@ -61,12 +61,12 @@ def test_tokens_are_drawn_in_their_shares() -> None:
     logits, generator = torch.tensor([0.0, 2.0, 1.0, -1.0]), torch.Generator().manual_seed(0)
     counts = torch.zeros(4)
     for _ in range(2000):
-        counts[_choose(logits, 0.5, 3, 0.99, generator)] += 1
+        counts[choose_token(logits, 0.5, 3, 0.99, generator)] += 1
     expected = (logits / 0.5).exp()
     expected[3] = 0
     assert torch.allclose(counts / 2000, expected / expected.sum(), atol=0.03)
-    assert all(int(_choose(logits, 1.0, None, 0.5, generator)) == 1 for _ in range(20))
-    assert int(_choose(logits, 0.0, None, None, generator)) == 1
+    assert all(int(choose_token(logits, 1.0, None, 0.5, generator)) == 1 for _ in range(20))
+    assert int(choose_token(logits, 0.0, None, None, generator)) == 1
 
 
 def test_what_it_cannot_do_is_said(packed: Any) -> None:

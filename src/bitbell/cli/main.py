@@ -21,6 +21,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "pack": ("commands:pack", "a run -> a packed model in its true bits"),
     "verify": ("commands:verify", "prove that a run and its packed model compute the same"),
     "generate": ("commands:generate", "text from a packed model or a run"),
+    "serve": ("serve:serve", "an OpenAI-compatible endpoint with a web page"),
     "bench": ("bench:bench", "speed and memory of a model on this machine"),
     "compare": ("compare:compare", "methods x bits x seeds x learning rates -> one fair table"),
     "plan": ("plan:plan", "memory, bytes moved and time of a training on many GPUs"),

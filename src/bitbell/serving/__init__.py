@@ -1,6 +1,7 @@
 """A packed model -> tokens for others."""
 
 from bitbell.serving.bench import Bench, bench
+from bitbell.serving.engines import engine_for
 from bitbell.serving.generate import Generation, generate, load_tokenizer_of
 from bitbell.serving.native_llama import NativeLlama, why_not_native
 from bitbell.serving.static import StaticDecoder, why_not_static
@@ -11,6 +12,7 @@ __all__ = [
     "NativeLlama",
     "StaticDecoder",
     "bench",
+    "engine_for",
     "generate",
     "load_tokenizer_of",
     "why_not_native",

@@ -141,6 +141,11 @@ def _check_room(config: Any, tokenizer: TextTokenizer, num_ids: int, max_new_tok
             f"the prompt's {num_ids} tokens and max_new_tokens={max_new_tokens} exceed the model's "
             f"{positions} positions"
         )
+    check_vocabulary(config, tokenizer)
+
+
+def check_vocabulary(config: Any, tokenizer: TextTokenizer) -> None:
+    """Raise ValueError where a tokenizer has tokens that the model does not know."""
     if config.vocab_size < tokenizer.vocab_size:
         raise ValueError(
             f"the tokenizer's tokens go up to {tokenizer.vocab_size - 1}, the model's vocabulary has only "

@@ -114,7 +114,7 @@ class StaticDecoder:
         generator = torch.Generator(self.device).manual_seed(seed)
         logits, new = self.prefill(tokens), []
         while True:
-            new.append(int(_choose(logits[:allowed].float(), temperature, top_k, top_p, generator)))
+            new.append(int(choose_token(logits[:allowed].float(), temperature, top_k, top_p, generator)))
             if len(new) == max_new_tokens or new[-1] == end_token:
                 return new
             logits = self.step(new[-1])
@@ -153,7 +153,7 @@ class StaticDecoder:
         self._cache.reset()
 
 
-def _choose(
+def choose_token(
     logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator
 ) -> Tensor:
     """A token by logits (vocabulary,): the likeliest, or drawn from those that top_k and top_p leave."""
