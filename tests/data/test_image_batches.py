@@ -1,6 +1,5 @@
 """Image batches: functions of the step alone, whatever the ranks; augmentation moves and mirrors, nothing else."""
 
-
 import pytest
 import torch
 
