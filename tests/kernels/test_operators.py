@@ -402,7 +402,7 @@ def test_kernel_paths_names_a_path_for_every_registered_operator(monkeypatch: py
     for has_vnni, word in ((True, "int8"), (False, "float32")):
         monkeypatch.setattr(operators, "_has_vnni", lambda answer=has_vnni: answer)
         paths = kernel_paths()
-        assert set(paths) == {"packed layers", "integer_product", "pack_codes", "unpack_codes"}
+        assert set(paths) == {"packed layers", "fused quantizers", "integer_product", "pack_codes", "unpack_codes"}
         assert word in paths["integer_product"]
 
 
@@ -424,3 +424,11 @@ def test_integer_product_of_few_columns(columns: int) -> None:
         a = torch.arange(-3, 2 * columns - 3, dtype=torch.int8).view(2, columns)
         b = torch.arange(rows * columns, dtype=torch.int8).view(rows, columns)
         assert torch.equal(integer_product(a, b), a.int() @ b.int().T)
+
+
+def test_autocast_does_not_narrow_an_integer_product() -> None:
+    a, b = (torch.randint(-128, 128, (n, 300), dtype=torch.int8) for n in (20, 16))
+    expected = (a.double() @ b.double().T).int()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(integer_product(a, b), expected)
+        assert torch.equal(integer_product._init_fn(a, b), expected)

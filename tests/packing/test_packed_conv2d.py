@@ -101,6 +101,16 @@ def test_cpp_kernels_give_the_integers_of_the_definition(recipe: str, shape: str
     assert away.float().mean() <= (0.2 if "a8" in recipe else 0)
 
 
+@pytest.mark.parametrize("recipe", ["bbq-w2a2", "lsq-plus-w2a2:w.asymmetric=true", "bbq-w2a16"])
+@pytest.mark.parametrize("level", [native.REFERENCE, "auto"])
+def test_autocast_changes_no_number(recipe: str, level: str) -> None:
+    packed, x = bitbell.pack(trained(recipe, {"padding": 1})).model.conv, torch.randn(3, 32, 7, 8).relu()
+    with torch.no_grad(), native.using(level):
+        expected = packed(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(packed(x), expected)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_sums_do_not_depend_on_how_many_windows_are_copied_at_once(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
     packed, x = bitbell.pack(trained("bbq-w2a2", SHAPES[shape])).model.conv, torch.randn(5, 32, 7, 8)

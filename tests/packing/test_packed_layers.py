@@ -234,6 +234,15 @@ def test_half_precision_inputs_give_half_precision_outputs(make_layer: MakeLayer
     torch.testing.assert_close(y.float(), trained(x.float()), rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("recipe", ["bbq-w2a2", "lsq-plus-w2a2:w.asymmetric=true", "nf-w4a4", "bbq-w4a16"])
+def test_autocast_changes_no_number(make_layer: MakeLayer, recipe: str) -> None:
+    packed, x = pack_layer(make_layer(recipe, width=256, bias=True)), torch.randn(5, 256)
+    with torch.no_grad():
+        expected = packed(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(packed(x), expected)
+
+
 def test_its_repr_names_the_recipe(make_layer: MakeLayer) -> None:
     text = repr(nn.Sequential(pack_layer(make_layer("bbq-w2a2"))))
     assert "in_features=64, out_features=24, recipe=bbq-w2a2" in text

@@ -202,9 +202,10 @@ def integer_product(a: Tensor, b: Tensor) -> Tensor:
     """
     _check_operands(a, b)
     total = torch.zeros(a.shape[0], b.shape[0], dtype=torch.int32, device=a.device)
-    for start in range(0, a.shape[1], 1024):
-        part = a[:, start : start + 1024].float() @ b[:, start : start + 1024].float().T
-        total += part.to(torch.int32)
+    with no_autocast(a.device):  # it would round the sums to its narrow type
+        for start in range(0, a.shape[1], 1024):
+            part = a[:, start : start + 1024].float() @ b[:, start : start + 1024].float().T
+            total += part.to(torch.int32)
     return total
 
 

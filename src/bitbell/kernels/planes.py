@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 
 from bitbell.kernels import triton
-from bitbell.kernels.operators import _check_operands, integer_product, unpack_codes
+from bitbell.kernels.operators import _check_operands, integer_product, no_autocast, unpack_codes
 
 ALIGNMENT = 16  # bytes: the widest load of a thread
 EXACT_IN_FLOAT32 = 2**24
@@ -168,7 +168,8 @@ def planes_linear_floats(
     """
     codes = restore_planes(planes, bits, x.shape[1])
     levels = codes.float() - zero_point if table is None else table[codes.int() + 2 ** (bits - 1)]
-    y = linear(x.float(), levels.to(x.dtype).float()) * scale
+    with no_autocast(x.device):
+        y = linear(x.float(), levels.to(x.dtype).float()) * scale
     y = y if offset is None else y + x.sum(-1, keepdim=True, dtype=torch.float32) * offset
     return (y if bias is None else y + bias).to(dtype)
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitbell.kernels import integer_product, native, rotate
+from bitbell.kernels import integer_product, native, no_autocast, rotate
 from bitbell.layers import Geometry, Recipe
 from bitbell.layers.convolution import as_images, channels_last, convolve, with_offsets
 from bitbell.layers.product import grid_of, levels_of
@@ -47,10 +47,11 @@ class PackedConv2d(PackedLinear):
         image, (codes, _) = channels_last(x, self.geometry), self._weights()
         weight = codes, self.weight_scale, self.weight_offset, self.weight_grid
         if self.activation_quantizer is None:
-            y = convolve(rotate(image.float(), self.rotation), values_of(*weight), self.geometry)
+            with no_autocast(x.device):
+                y = convolve(rotate(image.float(), self.rotation), values_of(*weight), self.geometry)
         else:
             a = self.quantize_input(image.flatten(1))
-            with torch.no_grad():
+            with torch.no_grad(), no_autocast(x.device):
                 y = self.multiply(a.codes.view(image.shape), a.step, a.offset, self._integer_product)
             if a.values.requires_grad:
                 z = convolve(a.values.float().view(image.shape), values_of(*weight), self.geometry)
@@ -147,7 +148,9 @@ class _NativeConvolution:
         codes, step = native.quantize(self.plan, rows)
         step = step[:1] if self.plan.statistic == "none" else step
         offset = None if self.plan.offset == 0 else step.new_tensor([self.plan.offset])
-        return layer.finish(layer.multiply(codes.reshape(image.shape), step, offset, self._product), x)
+        with no_autocast(x.device):
+            y = layer.multiply(codes.reshape(image.shape), step, offset, self._product)
+        return layer.finish(y, x)
 
     def _product(self, patches: Tensor, group: int) -> Tensor:
         layer, bits = self.layer, self.layer.recipe.weights

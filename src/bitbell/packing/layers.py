@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from bitbell.kernels import integer_product, native, pack_codes, packed_words, rotate, triton, unpack_codes
+from bitbell.kernels import integer_product, native, no_autocast, pack_codes, packed_words, rotate, triton, unpack_codes
 from bitbell.layers import QuantizedLayer, Recipe, TrainedLayer, shape_of
 from bitbell.layers.product import Grid, add_offsets, grid_of, levels_of
 from bitbell.packing import gpu
@@ -150,10 +150,11 @@ class PackedLinear(nn.Module, QuantizedLayer):
         codes, _ = self._weights()
         weight = codes, self.weight_scale, self.weight_offset, self.weight_grid
         if self.activation_quantizer is None:
-            y = F.linear(rotate(x.float(), self.rotation), values_of(*weight))
+            with no_autocast(x.device):
+                y = F.linear(rotate(x.float(), self.rotation), values_of(*weight))
         else:
             a = self.quantize_input(x)
-            with torch.no_grad():
+            with torch.no_grad(), no_autocast(x.device):
                 y = self._multiply(a, codes)
             if a.values.requires_grad:
                 y = _WithGradient.apply(a.values, y, *weight)
