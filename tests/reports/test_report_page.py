@@ -240,3 +240,10 @@ def test_an_unknown_name_of_the_room_is_refused_with_what_it_offers():
 
     with pytest.raises(AttributeError, match="It offers Run, read_run, write_report"):
         bitbell.reports.missing  # noqa: B018
+
+
+def test_it_links_to_an_inspection_that_is_there(make_run, tmp_path):
+    runs = all_methods(make_run)
+    assert 'href="inspect.html"' not in report(runs, tmp_path / "out")[0]
+    (tmp_path / "out" / "inspect.html").write_text("")
+    assert 'href="inspect.html"' in report(runs, tmp_path / "out")[0]

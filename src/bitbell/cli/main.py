@@ -26,6 +26,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "compare": ("compare:compare", "methods x bits x seeds x learning rates -> one fair table"),
     "plan": ("plan:plan", "memory, bytes moved and time of a training on many GPUs"),
     "report": ("commands:report", "runs -> one HTML page with pictures"),
+    "inspect": ("inspect:inspect", "a page about the codes, scales and weights of every layer"),
     "info": ("commands:info", "versions, hardware and the kernels in use"),
 }
 

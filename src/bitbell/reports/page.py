@@ -43,6 +43,7 @@ from bitbell.reports.runs import Run, read_runs
 from bitbell.reports.words import notes, summarise, with_spread
 from bitbell.training.run import write_at_once
 
+INSPECTION = "inspect.html"  # written by `bitbell inspect --out OUT/inspect.html`, linked if it is there
 OPEN_HISTOGRAMS = 4  # more pictures than this start folded
 
 
@@ -74,6 +75,7 @@ def write_report(runs: Sequence[str | Path], out: str | Path) -> Path:
         _samples(read),
         _configurations(read),
         _layers(read),
+        _link_to_inspection(out),
         _how_made([str(folder) for folder in runs], out),
     ]
     write_at_once(out / "report.html", _fill_in(read, groups, sections))
@@ -252,6 +254,16 @@ def _layers(runs: Sequence[Run]) -> str:
 def _layer_row(layer: dict[str, Any]) -> str:
     cells = "".join(f"<td>{escape(write(layer.get(key)))}</td>" for key, _, write in LAYER_COLUMNS)
     return f'<tr><th scope="row">{escape(str(layer.get("name", formats.DASH)))}</th>{cells}</tr>'
+
+
+def _link_to_inspection(out: Path) -> str:
+    if not (out / INSPECTION).is_file():
+        return ""
+    return (
+        f"{section_start('Inside the layers')}\n"
+        f'<p><a href="{INSPECTION}">Codes, scales and weights of every layer</a>, '
+        "as bitbell inspect shows them.</p></section>"
+    )
 
 
 def _how_made(folders: Sequence[str], out: Path) -> str:
