@@ -93,6 +93,10 @@ def test_codes_travel_while_other_blocks_compute(two: dict[str, Any]) -> None:
         assert backward.index(f"await {block}") > last
 
 
+def test_codes_of_older_weights_are_not_used(two: dict[str, Any]) -> None:
+    assert two["left over"] == [True, True]
+
+
 def test_regathering_keeps_no_codes(two: dict[str, Any]) -> None:
     assert two["kept"] == [6, 0]
 

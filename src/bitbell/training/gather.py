@@ -59,6 +59,7 @@ class LowBitGather:
         if mesh.ndim != 1:
             raise ValueError(f"mesh must have one dimension for a low-bit gather, got {mesh.ndim}: {mesh}")
         self.mesh, self.regather, self.prefetch = mesh, regather, prefetch
+        self.reduced = 0  # gradients so far; what was gathered before the last of them may be of older weights
         self.kept: dict[str, str] = {}
         layers: list[TrainedLayer] = []
         owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
@@ -148,12 +149,13 @@ class _Rows:
         return twin.to(quantizer.calibrated.device)
 
     def state(self) -> tuple[object, ...]:
-        """What the codes depend on beside the weights' numbers, and how often those have changed in place."""
+        """What the codes depend on beside the weights' numbers, and whether those may have changed."""
+        parameters: list[Any] = [self.layer.weight, *self.layer.weight_quantizer.parameters()]
         with torch.no_grad():  # where to_local() is the tensor itself, with its own version
-            parameters: list[Any] = [self.layer.weight, *self.layer.weight_quantizer.parameters()]
-            tensors = [p.to_local() for p in parameters]
-        versions = [0 if t.is_inference() else t._version for t in tensors]
-        return torch.is_grad_enabled(), product_dtype(tensors[0]), self.layer.training, *versions
+            tensors = [*parameters, *(p.to_local() for p in parameters)]
+        # PyTorch's fused optimizers change a DTensor without counting; gradients are reduced before each step.
+        versions = self.gather.reduced, *(0 if t.is_inference() else t._version for t in tensors)
+        return torch.is_grad_enabled(), product_dtype(tensors[-1]), self.layer.training, *versions
 
     def quantize(self) -> tuple[Tensor, Quantized | None]:
         """Values of this rank's rows, for their gradient, and their codes and step; None for no rows."""
@@ -355,6 +357,7 @@ class _Reduction:
         """The mean over ranks of this rank's rows."""
         self.work.wait()
         part, self.work = self.part[: self.rows.here].div_(self.rows.ranks), None
+        self.rows.gather.reduced += 1
         del self.kept, self.part
         return part
 
