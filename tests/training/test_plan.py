@@ -86,6 +86,21 @@ def test_accumulation_keeps_whole_gradients_or_reduces_each_time() -> None:
     assert plan(once).statistics == 4 * 2 * 4 * 16
 
 
+def test_a_low_bit_gather_reduces_gradients_of_codes_each_time() -> None:
+    once = Job(params="7b", gpus=8, gather="low-bit")
+    four = replace(once, accumulation=4)
+    shape = SHAPES["7b"]
+    quantized, rest = shape.layers * shape.block_weights, shape.parameters - shape.layers * shape.block_weights
+    assert 4 * plan(once).moved - plan(four).moved == pytest.approx(7 / 8 * 3 * 4 * rest)
+    assert plan(four).gradients == pytest.approx(4 * (quantized / 8 + rest + 2 * shape.block_weights))
+    assert plan(replace(four, reduce_every=True)).moved == pytest.approx(4 * plan(once).moved)
+
+
+def test_one_gpu_holds_the_whole_model() -> None:
+    for gather in ("float32", "low-bit"):
+        assert plan(Job(params="1b", gpus=1, gather=gather)) == plan(Job(params="1b", gpus=1, distributed="ddp"))
+
+
 def test_what_does_not_exist_is_refused() -> None:
     with pytest.raises(ValueError, match=r"params must be one of 1b, .*got params='8b'"):
         Job(params="8b")
@@ -93,6 +108,12 @@ def test_what_does_not_exist_is_refused() -> None:
         Job(params="7b", gpus=0)
     with pytest.raises(ValueError, match="gather=low-bit moves codes"):
         Job(params="7b", gather="low-bit", method="none")
+    with pytest.raises(ValueError, match="gather and reduce_every are for distributed=fsdp"):
+        Job(params="7b", distributed="ddp", gather="bfloat16")
+    with pytest.raises(ValueError, match="bits must be at most 8, got bits=16"):
+        Job(params="7b", bits=16)
+    with pytest.raises(ValueError, match=r"utilisation must be at most 1, got utilisation=40"):
+        Job(params="7b", utilisation=40)
 
 
 PAGE = Path(__file__).parents[2] / "docs" / "distributed.md"

@@ -28,16 +28,16 @@ def plan(
         gpus: How many.
         distributed: What each holds: the whole model (ddp), or rows of every parameter (fsdp).
         method: Of the quantized layers.
-        bits: Of the weights.
+        bits: Of the weights, 1 to 8.
         gather: How weights travel under fsdp: as float32, as bfloat16 (which rounds them first; not offered), as codes.
         sequences: Of a GPU, in a micro-batch.
         sequence_length: Tokens in a sequence.
         accumulation: Micro-batches in a step.
-        reduce_every: Reduce gradients after every micro-batch.
+        reduce_every: Under fsdp, reduce gradients after every micro-batch.
         flops: Peak operations a second of a GPU.
         utilisation: Share of the peak that is reached.
         link: Bytes a second that a GPU sends.
-        table: Every size, spread and gather as a Markdown table.
+        table: Every size, spread and gather as a Markdown table, whichever of them are given.
     """
     from bitbell.training.plan import GATHERS, SHAPES, Job, describe
     from bitbell.training.plan import table as table_of
@@ -49,14 +49,19 @@ def plan(
         "sequences": sequences,
         "sequence_length": sequence_length,
         "accumulation": accumulation,
-        "reduce_every": reduce_every,
         "flops": flops,
         "utilisation": utilisation,
         "link": link,
     }
     if not table:
-        print(describe(Job(params=params, distributed=distributed, gather=gather, **rest)))  # type: ignore[arg-type]
+        job = Job(params=params, distributed=distributed, gather=gather, reduce_every=reduce_every, **rest)  # type: ignore[arg-type]
+        print(describe(job))
         return 0
     ways = [("ddp", "float32")] + [("fsdp", way) for way in GATHERS if way != "low-bit" or method != "none"]
-    print(table_of([Job(params=p, distributed=d, gather=g, **rest) for p in SHAPES for d, g in ways]))  # type: ignore[arg-type]
+    jobs = [
+        Job(params=p, distributed=d, gather=g, reduce_every=reduce_every and d == "fsdp", **rest)  # type: ignore[arg-type]
+        for p in SHAPES
+        for d, g in ways
+    ]
+    print(table_of(jobs))
     return 0

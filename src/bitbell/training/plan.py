@@ -3,7 +3,8 @@
 Bytes of a GPU, P parameters on N GPUs:
 
     weights      4 P, float32                          fsdp: / N, and two blocks' and the outermost ones gathered
-    gradients    4 P                                   fsdp: / N, or whole between the micro-batches of a step
+    gradients    4 P                                   fsdp: / N, or whole between the micro-batches of a step (but for
+                                                       weights that travel as codes)
     moments      8 P, AdamW                            fsdp: / N
     kept         a byte (BBQ) or two a weight: codes, or bfloat16 copies, that wait for the backward pass
     activations  tokens * layers * (a width + b feed_forward), and 12 bytes a logit
@@ -84,9 +85,10 @@ GATHERS = ("float32", "bfloat16", "low-bit")
 class Job:
     """What is to be trained, and on what.
 
-    params: a size of SHAPES. distributed: ddp or fsdp. method: none, bbq or quest. gather: how weights travel under
-    fsdp. sequences: a GPU's, in a micro-batch. flops: a GPU's peak, of which `utilisation` is reached. link: bytes a
-    second that a GPU sends and, at the same time, receives. Raises ValueError for what does not exist.
+    params: a size of SHAPES. distributed: ddp or fsdp; one GPU holds the whole model in either case. method: none, bbq
+    or quest. bits: 1 to 8. gather, reduce_every: how weights travel and gradients are reduced under fsdp. sequences: a
+    GPU's, in a micro-batch. flops: a GPU's peak, of which `utilisation` (0 to 1) is reached. link: bytes a second that
+    a GPU sends and, at the same time, receives. Raises ValueError for what does not exist.
     """
 
     params: str
@@ -116,8 +118,24 @@ class Job:
         for name in ("gpus", "bits", "sequences", "sequence_length", "accumulation", "flops", "utilisation", "link"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {name}={getattr(self, name)!r}")
-        if self.gather == "low-bit" and (self.method == "none" or self.distributed == "ddp"):
-            raise ValueError("gather=low-bit moves codes of quantized weights between processes that hold rows of them")
+        if self.bits > 8:
+            raise ValueError(f"bits must be at most 8, got bits={self.bits}")
+        if self.utilisation > 1:
+            raise ValueError(f"utilisation must be at most 1, got utilisation={self.utilisation}")
+        if self.gather == "low-bit" and self.method == "none":
+            raise ValueError("gather=low-bit moves codes of quantized weights, and method=none has none")
+        if self.distributed == "ddp" and (self.gather != "float32" or self.reduce_every):
+            raise ValueError("gather and reduce_every are for distributed=fsdp: under ddp no weights are gathered")
+
+    @property
+    def holds_rows(self) -> bool:
+        """Whether a GPU holds rows of every parameter, not all of the model."""
+        return self.distributed == "fsdp" and self.gpus > 1
+
+    @property
+    def gathers_codes(self) -> bool:
+        """Whether weights travel as codes; their gradients are then reduced after every micro-batch."""
+        return self.holds_rows and self.gather == "low-bit"
 
 
 @dataclass(frozen=True)
@@ -155,7 +173,7 @@ def plan(job: Job) -> Plan:
     """The plan of a job."""
     shape, tokens = SHAPES[job.params], job.sequences * job.sequence_length
     weights, gradients = _held(job, shape)
-    kept, low = KEPT[job.method], job.gather == "low-bit"
+    kept = KEPT[job.method]
     moved = _moved(job, shape)
     # Two a weight and token forward, four backward; causal attention reads half of what is before it.
     a_token = 6 * (shape.layers * shape.block_weights + shape.vocabulary * shape.width)
@@ -164,8 +182,9 @@ def plan(job: Job) -> Plan:
     return Plan(
         weights=weights,
         gradients=gradients,
-        moments=8 * shape.parameters / (job.gpus if job.distributed == "fsdp" else 1),
-        kept=0 if low else kept.weight * shape.layers * shape.block_weights,  # a low-bit gather gathers codes again
+        moments=8 * shape.parameters / (job.gpus if job.holds_rows else 1),
+        # A low-bit gather gathers codes again.
+        kept=0 if job.gathers_codes else kept.weight * shape.layers * shape.block_weights,
         activations=tokens * (shape.layers * layer + 12 * shape.vocabulary),
         moved=moved,
         # q/k/v and gate/up share an input: four quantizers a block, each a sum forward and one backward.
@@ -178,21 +197,30 @@ def plan(job: Job) -> Plan:
 
 def _held(job: Job, shape: Shape) -> tuple[float, float]:
     """Bytes of weights and of gradients in a GPU, when they are most."""
-    if job.distributed == "ddp":
+    if not job.holds_rows:
         return 4 * shape.parameters, 4 * shape.parameters
     # The block that computes and the next; codes of weights that travelled in low bits have a byte each.
     weight_bytes = {"float32": 4.0, "bfloat16": 2.0, "low-bit": 1 + job.bits / 8}[job.gather]
     outer_bytes = 2 if job.gather == "bfloat16" else 4
     gathered = 2 * weight_bytes * shape.block_weights + outer_bytes * shape.outer
-    whole = job.accumulation > 1 and not job.reduce_every
-    gradients = shape.parameters if whole else shape.parameters / job.gpus + 2 * shape.block + shape.outer
+    at_once = _reduced_at_once(job, shape)
+    blocks = 2 * shape.block_weights if at_once else 0
+    on_their_way = 2 * shape.block + shape.outer if at_once == shape.parameters else blocks
+    gradients = shape.parameters - at_once + at_once / job.gpus + on_their_way
     return 4 * shape.parameters / job.gpus + gathered, 4 * gradients
+
+
+def _reduced_at_once(job: Job, shape: Shape) -> int:
+    """Parameters whose gradients are reduced after every micro-batch; those of the others wait, whole, for the last."""
+    if job.accumulation == 1 or job.reduce_every:
+        return shape.parameters
+    return shape.layers * shape.block_weights if job.gathers_codes else 0
 
 
 def _moved(job: Job, shape: Shape) -> float:
     """Bytes that a GPU sends in a step."""
     share = (job.gpus - 1) / job.gpus
-    if job.distributed == "ddp":
+    if not job.holds_rows:
         return 2 * share * 4 * shape.parameters
     blocks = (
         shape.layers
@@ -204,7 +232,8 @@ def _moved(job: Job, shape: Shape) -> float:
     )
     outer = (2 if job.gather == "bfloat16" else 4) * shape.outer
     gathered = job.accumulation * (2 * blocks + outer)  # blocks once more in the backward pass
-    reduced = 4 * shape.parameters * (job.accumulation if job.reduce_every else 1)
+    at_once = _reduced_at_once(job, shape)
+    reduced = 4 * (job.accumulation * at_once + shape.parameters - at_once)
     return share * (gathered + reduced)
 
 
