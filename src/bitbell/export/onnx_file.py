@@ -1,0 +1,94 @@
+"""A model -> one ONNX file that stock onnxruntime runs, and the comparison of the two.
+
+    bitbell.export.onnx(packed, "model.onnx")
+
+What is in the graph: onnx_layers.py (packed layers) and onnx_models.py (the architectures); docs/onnx.md for users.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from bitbell.export.onnx_check import Comparison, compare
+from bitbell.layers import TrainedLayer, quantized_layers
+from bitbell.packing import PackedModel, VerificationError, pack
+
+
+@dataclass(frozen=True)
+class OnnxFile:
+    """What was written, its size in bytes, and how it compares; None: not compared."""
+
+    path: Path
+    size: int
+    comparison: Comparison | None = None
+
+    def __str__(self) -> str:
+        found = "not compared" if self.comparison is None else str(self.comparison)
+        return f"{self.path}: {self.size / 1e6:.2f} MB; {found}"
+
+
+def onnx(
+    model: nn.Module, out: str | Path, *, cache: bool = False, check: bool = True, overwrite: bool = False
+) -> OnnxFile:
+    """Write `model`, a LLaMA or GPT-2 of transformers (packed, trained or in full precision), as an ONNX file.
+
+    cache: take and give keys and values, for decoding token by token. check: run the file in onnxruntime on random
+    tokens and compare it with the model, layer by layer (onnx_check.py); not done above 2 GB.
+    Raises ValueError (Refused) for what has no export, naming the layer and the reason, and for a file that is there
+    already; ImportError without the packages of the extra `onnx`; VerificationError where the comparison fails, and
+    then leaves no file.
+    """
+    _need("onnx", *(["onnxruntime"] if check else []))
+    from bitbell.export.onnx_graph import write_model
+    from bitbell.export.onnx_models import build_graph
+
+    path = Path(out)
+    check_target(path, overwrite)
+    inner = _inner(model)
+    graph = build_graph(inner, cache)
+    made = graph.model({"bitbell.recipes": ", ".join(sorted({m.recipe.name for _, m in quantized_layers(inner)}))})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_model(made, path)
+    beside = path.with_name(f"{path.name}.data")
+    size = path.stat().st_size + (beside.stat().st_size if beside.exists() else 0)
+    if not check or beside.exists():
+        return OnnxFile(path, size)
+    try:
+        return OnnxFile(path, size, compare(inner, made, graph.watched))
+    except VerificationError:
+        path.unlink()
+        raise
+
+
+def check_target(path: Path, overwrite: bool) -> None:
+    """Raise ValueError where a file must not be written."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a directory; give the name of a file")
+    if path.exists() and not overwrite:
+        raise ValueError(f"{path} exists already; choose another name or ask to overwrite it")
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    """The module itself, packed, in evaluation mode, float32, on the CPU."""
+    inner = model.model if isinstance(model, PackedModel) else model
+    if any(isinstance(layer, TrainedLayer) for _, layer in quantized_layers(inner)):
+        inner = pack(inner).model
+    floats = {p.dtype for p in inner.parameters()}
+    devices = {t.device.type for t in inner.state_dict().values()}
+    if devices - {"cpu"} or floats - {torch.float32}:
+        raise ValueError(
+            f"export takes a float32 model on the CPU, got {sorted(map(str, floats))} on {sorted(devices)}; "
+            "call model.float().cpu() before"
+        )
+    return inner.eval()
+
+
+def _need(*packages: str) -> None:
+    for package in packages:
+        if find_spec(package) is None:
+            raise ImportError(f"the package {package} is missing; pip install 'bitbell[onnx]' brings it")
