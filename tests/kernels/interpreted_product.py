@@ -79,6 +79,24 @@ def test_outputs_are_those_of_the_definition_to_the_last_bit(
 
 
 @pytest.mark.parametrize("rows", [2, 6])
+def test_tensors_need_not_lie_together(rows: int) -> None:
+    _, arranged, sums = weights(4, 72, 2)
+    x, step, every = inputs(rows, 144, 2)[:, ::2], torch.rand(rows, 2)[:, 0], slice(None, None, 2)
+    scale, bias = torch.rand(1).expand(2), torch.rand(4)[every]
+    how = arranged[every], sums[every], scale, 2, 2, -0.5, -0.5, torch.float32, None, scale, bias
+    assert torch.equal(planes.planes_linear(x, step, *how), planes.planes_linear._init_fn(x, step, *how))
+    floats = x.float(), arranged[every], scale, 2, -0.5, torch.float32, torch.rand(8)[every], scale, bias
+    found, expected = planes.planes_linear_floats(*floats), planes.planes_linear_floats._init_fn(*floats)
+    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_operands_that_do_not_fit_are_named() -> None:
+    one = torch.ones(1)
+    with pytest.raises(ValueError, match=r"got \(2, 40\) and \(3, 41\)"):
+        planes.scaled_integer_product(inputs(2, 40, 8), inputs(3, 41, 8), one, one, 0.0, 0.0, torch.float32)
+
+
+@pytest.mark.parametrize("rows", [2, 6])
 def test_wide_sums_lose_no_bit_before_the_last_rounding(rows: int) -> None:
     codes, arranged, sums = weights(2, 1500, 8)
     x, ones = torch.full((rows, 1500), 127, dtype=torch.int8), torch.ones(2)

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from ahead_of_time import compile_launch, compiles, needs_triton, resources
 from fused_methods import CASES, Case
 from torch import Tensor
 
-from bitbell.kernels import pack_codes, quantize
+from bitbell.kernels import pack_codes, quantize, triton
 from bitbell.kernels.quantize import Plan, encode_packed, mid_rise_codes, quantize_gradient, quantize_plan
 from bitbell.quantizers import Quantizer
 
@@ -106,6 +107,21 @@ def test_nothing_is_fused_where_triton_does_not_compute() -> None:
     quantizer, x = make_quantizer("quest", bits=2), torch.randn(2, 128)
     assert not quantize.serves(quantizer.plan(), x)
     assert quantizer.fuse(x) is None
+
+
+def test_a_mode_that_is_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "_mode", "Off")
+    for ask in (triton.available, lambda: triton.computes(torch.empty(1))):
+        with pytest.raises(ValueError, match="BITBELL_TRITON must be one of auto, off, interpret, got 'Off'"):
+            ask()
+
+
+def test_what_is_asked_to_interpret_never_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "_mode", "interpret")
+    on_gpu = SimpleNamespace(is_cuda=True)
+    for interprets in (False, True):
+        monkeypatch.setattr(triton, "_interprets", interprets)
+        assert triton.computes(on_gpu) == triton.available() == (interprets and triton._installed)
 
 
 # The kernels ----------------------------------------------------------------------------------------------------------

@@ -56,10 +56,11 @@ def interpreted() -> bool:
 
 
 def computes(x: Tensor) -> bool:
-    """Whether Triton's kernels compute for `x`: it is on a GPU, or on the CPU and the interpreter is in use."""
-    if not _installed or _mode == "off":
+    """Whether Triton's kernels compute for `x`: it is on a GPU, or the interpreter is in use. Raises ValueError if the
+    environment variable says anything but a mode."""
+    if mode() == "off" or not _installed:
         return False
-    return interpreted() if _interprets else x.is_cuda
+    return _interprets if _mode == "interpret" else x.is_cuda and not _interprets
 
 
 def mode() -> str:

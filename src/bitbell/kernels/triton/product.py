@@ -14,6 +14,7 @@ import triton
 from torch import Tensor
 from torch.nn.functional import pad
 
+from bitbell.kernels.operators import _check_operands
 from bitbell.kernels.planes import (
     ALIGNMENT,
     _check_planes,
@@ -131,7 +132,7 @@ class _Epilogue:
 
     def tensors(self) -> tuple[Tensor, ...]:
         found = self.sums, self.scale, self.step, self.x_offset, self.offset, self.bias
-        return tuple(self.scale if t is None else t for t in found)
+        return tuple((self.scale if t is None else t).contiguous() for t in found)
 
     def numbers(self) -> tuple[float, ...]:
         return self.x_zero, self.zero, float(self.columns), self.columns * self.x_zero * self.zero
@@ -152,6 +153,7 @@ def _few(x: Tensor, planes: Tensor, epilogue: _Epilogue) -> Tensor:
     """(M, K) int8, M at most FEW_ROWS."""
     bits, fields = epilogue.bits, fields_of(epilogue.bits)
     (rows, columns), outputs = x.shape, planes.shape[0]
+    planes = planes.contiguous()
     x = pad(x, (0, -columns % 4)).contiguous()
     words = plane_width(columns, bits) // 4
     block = 512 if words % 512 == 0 or words > 2048 else 256 if words > 128 else 128
@@ -190,7 +192,7 @@ def _many(
     """(M, K) int8 or floats on tensor cores. tile: other than `tile_for`'s, to measure."""
     bits, out = epilogue.bits, epilogue.out
     (rows, columns), outputs = x.shape, planes.shape[0]
-    width, x = plane_width(columns, bits), _aligned(x)
+    width, x, planes = plane_width(columns, bits), _aligned(x), planes.contiguous()
     if tile is None:
         device = _device(x.device.index if x.is_cuda else None)
         tile = tile_for(rows, outputs, columns, bits, x.element_size(), epilogue.wide, *device)
@@ -206,7 +208,7 @@ def _many(
         grid,
         x,
         planes if bits <= 4 else planes.view(torch.int8),  # as they are, from shared memory to the tensor cores
-        epilogue.scale if table is None else table,
+        epilogue.scale if table is None else table.contiguous(),
         sums,
         *rest,
         rows,
@@ -294,7 +296,7 @@ def planes_linear(
         return out
     wide = is_wide(columns, bits, x_bits)
     numbers = x_zero_point, zero_point, columns, wide
-    epilogue = _Epilogue("codes", bits, out, scale, sums, step.contiguous(), x_offset, offset, bias, *numbers)
+    epilogue = _Epilogue("codes", bits, out, scale, sums, step, x_offset, offset, bias, *numbers)
     if rows <= FEW_ROWS and tile is None:
         return _few(codes, planes, epilogue)
     return _many(codes, planes, epilogue, tile=tile)
@@ -333,6 +335,7 @@ def scaled_integer_product(
     bits_b: int = 8,
 ) -> Tensor:
     """`bitbell.kernels.planes.scaled_integer_product`: a matrix of int8 is its own plane."""
+    _check_operands(a, b)
     planes, scale = _as_planes(b), _of_outputs(step_b, b.shape[0])
     sums = torch.empty(len(b), dtype=torch.int32, device=b.device)
     if zero_a:
@@ -343,12 +346,13 @@ def scaled_integer_product(
     if not out.numel():
         return out
     numbers = zero_a, zero_b, a.shape[1], is_wide(a.shape[1], bits_a, bits_b)
-    epilogue = _Epilogue("codes", 8, out, scale, sums, step_a.contiguous(), None, None, None, *numbers)
+    epilogue = _Epilogue("codes", 8, out, scale, sums, step_a, None, None, None, *numbers)
     return (_few if len(a) <= FEW_ROWS else _many)(a, planes, epilogue)
 
 
 def integer_product(a: Tensor, b: Tensor) -> Tensor:
     """`bitbell.kernels.integer_product`."""
+    _check_operands(a, b)
     return planes_product(a, _as_planes(b), 8)
 
 
