@@ -29,7 +29,7 @@ uvicorn = pytest.importorskip("uvicorn")
 
 from bitbell.serving.metrics import Metrics  # noqa: E402
 from bitbell.serving.scheduler import Scheduler  # noqa: E402
-from bitbell.serving.server import Limits, build_app, listen  # noqa: E402
+from bitbell.serving.server import Limits, Server, build_app, listen  # noqa: E402
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
@@ -39,8 +39,8 @@ TEMPLATE = (
 class Served:
     """A server in a thread of this process."""
 
-    def __init__(self, port: int, scheduler: Scheduler) -> None:
-        self.port, self.scheduler = port, scheduler
+    def __init__(self, port: int, scheduler: Scheduler, server: Server) -> None:
+        self.port, self.scheduler, self.server = port, scheduler, server
         self.url = f"http://127.0.0.1:{port}/v1"
 
     def client(self, **options: Any) -> Any:
@@ -79,11 +79,11 @@ def served(
     metrics.watch(scheduler)
     app = build_app(scheduler, Asker("tiny", engine.positions, tokenizer, template), metrics, limits or Limits())
     sock = listen("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=5))
+    server = Server(app, scheduler, grace=0.3)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
     thread.start()
     try:
-        yield Served(sock.getsockname()[1], scheduler)
+        yield Served(sock.getsockname()[1], scheduler, server)
     finally:
         server.should_exit = True
         thread.join(30)
@@ -273,6 +273,29 @@ def test_a_request_that_takes_too_long_is_told_so(packed_gpt: Any, tokenizer: Te
         assert raised.value.status_code == 504
         with pytest.raises(openai.APIError, match="longer than the server allows"):
             list(server.client().completions.create(model="tiny", prompt="abc", max_tokens=50, stream=True))
+
+
+def test_what_outlasts_the_grace_is_told_so(packed_gpt: Any, tokenizer: TextTokenizer) -> None:
+    with served(packed_gpt, tokenizer) as server:
+        run = server.scheduler.engine.run
+        server.scheduler.engine.run = lambda rows: (time.sleep(0.05), run(rows))[1]  # type: ignore[method-assign]
+        body = {"prompt": "abc", "max_tokens": 60}
+        answers: dict[bool, tuple[int, bytes]] = {}
+
+        def ask(stream: bool) -> None:
+            status, _, answer = server.send("POST", "/v1/completions", {**body, "stream": stream})
+            answers[stream] = status, answer
+
+        threads = [threading.Thread(target=ask, args=(stream,)) for stream in (True, False)]
+        for thread in threads:
+            thread.start()
+        until(lambda: server.scheduler.running == server.scheduler.waiting == 1)
+        server.server.handle_exit(signal.SIGTERM, None)
+        for thread in threads:
+            thread.join(30)
+    assert answers[False][0] == 503
+    assert answers[True][0] == 200
+    assert all(b"shutting down" in answer for _, answer in answers.values())
 
 
 def test_chat_by_the_template_of_the_tokenizer(packed: Any, tokenizer: TextTokenizer, tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def serve(
     """
     try:
         from bitbell.serving.metrics import Metrics
-        from bitbell.serving.server import Limits, build_app, listen, run
+        from bitbell.serving.server import Limits, Server, build_app, listen, run
     except ImportError as error:
         raise ValueError(
             f"bitbell serve needs the packages of the extra serve: pip install 'bitbell[serve]' ({error})"
@@ -74,5 +74,5 @@ def serve(
     print(f"{asker.name} on {where} ({engine.name}; {engine.slots} at a time); Ctrl-C stops", flush=True)
     if host not in ("127.0.0.1", "localhost", "::1"):
         print("bitbell serve: other machines reach this address, and there is no authentication", file=sys.stderr)
-    run(build_app(scheduler, asker, metrics, limits), sock, grace=grace)
+    run(Server(build_app(scheduler, asker, metrics, limits), scheduler, grace=grace), sock)
     return 0

@@ -19,6 +19,7 @@ from bitbell.serving.engines import Engine, Row, Sampler, Sampling
 from bitbell.serving.text_stream import Decoder, TextStream
 
 logger = logging.getLogger(__name__)
+STOPPING = "the server is shutting down"
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ class Scheduler:
         self._thread.start()
 
     def stop(self) -> None:
-        """End every job as cancelled, and the thread. Call it once, after `start`."""
+        """End every job as cancelled, and the thread; after `start`, from any other thread, once or more."""
         with self._wake:
             self._stopping = True
             self._wake.notify()
@@ -157,7 +158,7 @@ class Scheduler:
                 )
         with self._wake:
             if self._stopping:
-                raise RuntimeError("the server is shutting down")
+                raise RuntimeError(STOPPING)
             free = self.engine.slots - len(self._running)
             if len(self._waiting) + len(jobs) > self.max_waiting + free:
                 seconds = math.ceil(self._mean_seconds * (len(self._waiting) + 1) / self.engine.slots)
@@ -188,7 +189,7 @@ class Scheduler:
             if self._running:
                 self._step()
         for job in [*self._waiting, *(text.job for text in self._running.values())]:
-            self._tell_end(job, Event("", 0, "cancelled"))
+            self._tell_end(job, Event("", 0, "cancelled", STOPPING))
         self._waiting.clear()
         self._running.clear()
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import signal
 import socket
+import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib import resources
+from types import FrameType
 from typing import Any
 
 import uvicorn
@@ -142,9 +145,11 @@ class _Answer:
             index, event = await self.events.get()
             if event.finish == "timeout":
                 raise Refused("the request took longer than the server allows", status=504, code="timeout")
-            if event.finish in ("error", "cancelled"):
-                code = "model_failed" if event.finish == "error" else "cancelled"
-                raise Refused(event.error or "the server is shutting down", status=500, code=code)
+            if event.finish == "error":
+                raise Refused(event.error or "the model failed", status=500, code="model_failed")
+            if event.finish == "cancelled":  # by our end, or by the client's going, which nobody reads but the counts
+                status = 503 if event.error else 499
+                raise Refused(event.error or "the client has gone", status=status, code="cancelled")
             left -= event.finish is not None
             yield index, event
 
@@ -279,12 +284,31 @@ def listen(host: str, port: int) -> socket.socket:
         raise OSError(f"cannot listen on {host} port {port}: {error.strerror or error}") from None
 
 
-def run(app: FastAPI, sock: socket.socket, *, grace: int) -> None:
-    """Serve until SIGTERM or Ctrl-C; then take no more, and give what runs `grace` seconds to end."""
-    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=grace)
+class Server(uvicorn.Server):
+    """Serves until SIGTERM or Ctrl-C; then takes no more, and gives what runs `grace` seconds to end.
+
+    What runs after that is told so (503, or an error event), by way of the scheduler's end; uvicorn, which would break
+    its connections off, waits a little longer.
+    """
+
+    def __init__(self, app: FastAPI, scheduler: Scheduler, *, grace: float) -> None:
+        patience = math.ceil(grace + 10)
+        super().__init__(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=patience))
+        self._scheduler, self._grace = scheduler, grace
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """uvicorn calls this at a signal."""
+        super().handle_exit(sig, frame)
+        timer = threading.Timer(self._grace, self._scheduler.stop)
+        timer.daemon = True
+        timer.start()
+
+
+def run(server: Server, sock: socket.socket) -> None:
+    """Serve on a socket, in the main thread, until a signal ends it."""
     before = {s: signal.signal(s, lambda *_: None) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
-        uvicorn.Server(config).run(sockets=[sock])  # raises the signal again at its end, which then does nothing
+        server.run(sockets=[sock])  # raises the signal again at its end, which then does nothing
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
