@@ -80,6 +80,10 @@ def test_what_it_cannot_do_is_said(packed: Any) -> None:
         decoder.step(1)
     with pytest.raises(ValueError, match="positions must be 1 to the model's 64, got 65"):
         StaticDecoder(packed, positions=65)
+    for asked in (0, 5):
+        with pytest.raises(ValueError, match=f"max_new_tokens must be 1 to 4 after 3 tokens, got {asked}"):
+            decoder.generate([1] * 3, asked)
+    assert len(decoder.generate([1] * 3, 4)) == 4
     with pytest.raises(ValueError, match="capture needs a GPU, and the model is on cpu"):
         StaticDecoder(packed, capture=True)
     assert "no causal language model" in str(why_not_static(torch.nn.Linear(2, 2)))
@@ -89,6 +93,21 @@ def test_bench_times_its_steps(packed: Any) -> None:
     times = time_static(packed.model, PROMPT, 3, rounds=2)
     assert len(times) == 2
     assert all(prefill > 0 and decode > 0 for prefill, decode in times)
+
+
+def test_a_model_in_training_mode_is_refused(make_llama: MakeLlama) -> None:
+    with pytest.raises(ValueError, match="the model is in training mode"):
+        StaticDecoder(make_llama("bbq-w2a2").train())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_logits_outlive_the_next_captured_step(make_llama: MakeLlama) -> None:
+    decoder = StaticDecoder(bitbell.pack(make_llama("bbq-w2a2")).to("cuda"), positions=10)
+    decoder.prefill(PROMPT)
+    first = decoder.step(7)
+    kept = first.clone()
+    decoder.step(8)
+    assert torch.equal(first, kept)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")

@@ -42,7 +42,7 @@ class StaticDecoder:
     positions: tokens it has room for (default: all that the model has). capture: make a step a CUDA graph; None does so
     on a GPU. Weights are read where they are, but what was made of them at the first step is captured: make a new
     decoder after a change. Logits are those of the model's own forward pass up to float rounding. Raises ValueError for
-    a model that it cannot run, saying why, and for capture=True without a GPU.
+    a model that it cannot run, saying why, for one in training mode, and for capture=True without a GPU.
     """
 
     def __init__(self, model: nn.Module, *, positions: int | None = None, capture: bool | None = None) -> None:
@@ -51,6 +51,8 @@ class StaticDecoder:
         if (why := why_not_static(model)) is not None:
             raise ValueError(f"a static cache cannot run this model: {why}")
         self.model: Any = inner_model(model)
+        if self.model.training:  # running statistics would move, and dropout be captured
+            raise ValueError("the model is in training mode; call model.eval() first")
         config = self.model.config
         limit = int(config.max_position_embeddings)
         self.positions = limit if positions is None else positions
@@ -94,7 +96,7 @@ class StaticDecoder:
             return self._forward(self._token, self._position)
         assert self._logits is not None
         self._graph.replay()
-        return self._logits
+        return self._logits.clone()  # the next step writes over it
 
     @torch.no_grad()
     def generate(
@@ -110,9 +112,12 @@ class StaticDecoder:
         allowed: int | None = None,
     ) -> list[int]:
         """New tokens after a prompt, up to and including `end_token`. temperature 0 is greedy; allowed: only tokens
-        below it."""
+        below it. Raises ValueError where there is not one to make, or no room for all."""
         generator = torch.Generator(self.device).manual_seed(seed)
         logits, new = self.prefill(tokens), []
+        room = self.positions - len(tokens) + 1  # the last token needs none
+        if not 1 <= max_new_tokens <= room:
+            raise ValueError(f"max_new_tokens must be 1 to {room} after {len(tokens)} tokens, got {max_new_tokens}")
         while True:
             new.append(int(choose_token(logits[:allowed].float(), temperature, top_k, top_p, generator)))
             if len(new) == max_new_tokens or new[-1] == end_token:
@@ -147,9 +152,11 @@ class StaticDecoder:
                 self._forward(self._token, self._position)
                 self._cache.reset()
         torch.cuda.current_stream(self.device).wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        graph = torch.cuda.CUDAGraph()
+        # On a stream of the model's own device: the default one is of whichever device captured first.
+        with torch.cuda.device(self.device), torch.cuda.graph(graph, stream=stream):
             self._logits = self._forward(self._token, self._position)
+        self._graph = graph
         self._cache.reset()
 
 
