@@ -26,8 +26,8 @@ TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def suits(layer: PackedLinear, x: Tensor) -> bool:
-    """Whether Triton's kernels compute `layer` for `x`: where they are in use, and every number on the way is as exact
-    as the definition's."""
+    """Whether Triton's kernels compute `layer` for `x`: where they are in use, and integers and even levels are exact
+    on the way. Where inputs stay floats, these and a table's levels are rounded to the type of x."""
     if not triton.computes(x) or x.dtype not in TYPES or x.device != layer.weight_packed.device:
         return False
     quantizer, bits = layer.activation_quantizer, layer.recipe.weights
@@ -47,7 +47,7 @@ def _exact_levels(bits: int, zero_point: float, dtype: torch.dtype) -> bool:
 
 
 class GpuLayer:
-    """The tensors of a packed layer as the kernels read them. Copies: what changes in the layer asks for a new one."""
+    """The tensors of a packed layer as the kernels read them. What changes in the layer asks for a new one."""
 
     def __init__(self, layer: PackedLinear) -> None:
         self.bits, self.inputs, self.outputs = layer.recipe.weights, layer.in_features, layer.out_features
