@@ -89,6 +89,13 @@ def test_what_it_cannot_do_is_said(packed: Any) -> None:
     assert "no causal language model" in str(why_not_static(torch.nn.Linear(2, 2)))
 
 
+def test_a_model_on_several_devices_is_refused(make_llama: MakeLlama) -> None:
+    model = make_llama(None)
+    assert why_not_static(model) is None
+    model.lm_head.to("meta")
+    assert why_not_static(model) == "its tensors are on several devices: cpu, meta"
+
+
 def test_bench_times_its_steps(packed: Any) -> None:
     times = time_static(packed.model, PROMPT, 3, rounds=2)
     assert len(times) == 2

@@ -77,7 +77,7 @@ def quantize_rows(
     if thresholds is None:
         codes = (v - 0.5).round().clamp(-half, half - 1)
     else:
-        codes = torch.searchsorted(thresholds, v.contiguous(), right=True) - half
+        codes = torch.searchsorted(thresholds.to(v.device), v.contiguous(), right=True) - half
     trace = (0 * h).sum(-1, keepdim=True) if statistic != "none" else (0 * h).sum().expand(len(h), 1)
     codes = torch.where(v.isnan(), -half, codes).clamp(-half, half - 1)
     return codes.to(torch.int8), size * step_factor + step_plus + trace

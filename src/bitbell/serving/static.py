@@ -33,6 +33,9 @@ def why_not_static(model: nn.Module) -> str | None:
         return f"{type(inner).__name__} takes no position_ids"
     if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ()):
         return "not all of its layers attend to the whole text"
+    devices = {str(tensor.device) for tensors in (inner.parameters(), inner.buffers()) for tensor in tensors}
+    if len(devices) > 1:
+        return f"its tensors are on several devices: {', '.join(sorted(devices))}"
     return None
 
 
