@@ -77,7 +77,7 @@ def tile_for(
     width = plane_width(columns, bits)
     if rows <= 64:
         shapes = [(max(16, triton.next_power_of_2(rows)), 64, 4)]
-        shared = min(shared, shared // 2)  # two programs a multiprocessor: one loads while the other multiplies
+        shared //= 2  # two programs a multiprocessor: one loads while the other multiplies
     elif itemsize == 1 and major == 9 and not wide:  # sums in float64 take twice the registers
         shapes = [(128, 256, 8), (128, 128, 8), (64, 128, 4), (64, 64, 4)]
     elif itemsize <= 2:
