@@ -20,8 +20,9 @@ import onnxruntime
 from bitbell.export import onnx
 from bitbell.export.onnx_check import compare, run_graph
 from bitbell.export.onnx_graph import Graph, Watched
-from bitbell.export.onnx_layers import Refused, packed_linear
+from bitbell.export.onnx_layers import packed_linear
 from bitbell.export.onnx_models import build_graph
+from bitbell.export.refusals import Refused
 
 WIDTH, ROWS = 192, 24
 

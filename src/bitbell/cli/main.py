@@ -19,7 +19,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "train": ("commands:train", "a data set -> a run: train, or continue, a model"),
     "evaluate": ("commands:evaluate", "loss, perplexity, bits per byte and code entropy of a run or a packed model"),
     "pack": ("commands:pack", "a run -> a packed model in its true bits"),
-    "export": ("export:export", "a packed model -> a file for another runtime (ONNX)"),
+    "export": ("export:export", "a packed model -> a file for another runtime (ONNX, GGUF)"),
     "verify": ("commands:verify", "prove that a run and its packed model compute the same"),
     "generate": ("commands:generate", "text from a packed model or a run"),
     "serve": ("serve:serve", "an OpenAI-compatible endpoint with a web page"),

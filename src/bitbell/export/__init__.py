@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bitbell.export.cards import model_card
+    from bitbell.export.gguf_file import gguf
     from bitbell.export.huggingface import BitbellConfig, BitbellQuantizer
     from bitbell.export.onnx_file import onnx
 
 _HOMES = {"BitbellConfig": "huggingface", "BitbellQuantizer": "huggingface", "model_card": "cards"}
-_HOMES["onnx"] = "onnx_file"
+_HOMES |= {"gguf": "gguf_file", "onnx": "onnx_file"}
 
-__all__ = ["BitbellConfig", "BitbellQuantizer", "model_card", "onnx"]
+__all__ = ["BitbellConfig", "BitbellQuantizer", "gguf", "model_card", "onnx"]
 
 
 def __getattr__(name: str) -> Any:

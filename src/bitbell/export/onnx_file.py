@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from bitbell.export.onnx_check import Comparison, compare
-from bitbell.layers import TrainedLayer, quantized_layers
-from bitbell.packing import PackedModel, VerificationError, pack
+from bitbell.export.refusals import check_target, packed_on_cpu
+from bitbell.layers import quantized_layers
+from bitbell.packing import VerificationError
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def onnx(
 
     path = Path(out)
     check_target(path, overwrite)
-    inner = _inner(model)
+    inner = packed_on_cpu(model)
     graph = build_graph(inner, cache)
     made = graph.model({"bitbell.recipes": ", ".join(sorted({m.recipe.name for _, m in quantized_layers(inner)}))})
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,29 +63,6 @@ def onnx(
     except VerificationError:
         path.unlink()
         raise
-
-
-def check_target(path: Path, overwrite: bool) -> None:
-    """Raise ValueError where a file must not be written."""
-    if path.is_dir():
-        raise ValueError(f"{path} is a directory; give the name of a file")
-    if path.exists() and not overwrite:
-        raise ValueError(f"{path} exists already; choose another name or ask to overwrite it")
-
-
-def _inner(model: nn.Module) -> nn.Module:
-    """The module itself, packed, in evaluation mode, float32, on the CPU."""
-    inner = model.model if isinstance(model, PackedModel) else model
-    if any(isinstance(layer, TrainedLayer) for _, layer in quantized_layers(inner)):
-        inner = pack(inner).model
-    floats = {p.dtype for p in inner.parameters()}
-    devices = {t.device.type for t in inner.state_dict().values()}
-    if devices - {"cpu"} or floats - {torch.float32}:
-        raise ValueError(
-            f"export takes a float32 model on the CPU, got {sorted(map(str, floats))} on {sorted(devices)}; "
-            "call model.float().cpu() before"
-        )
-    return inner.eval()
 
 
 def _need(*packages: str) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from bitbell.export.onnx_graph import Array, Graph, Watched
+from bitbell.export.refusals import Refused
 from bitbell.kernels import hadamard
 from bitbell.kernels.native import InputPlan
 from bitbell.kernels.thresholds import bell_thresholds, find_thresholds, float32
@@ -31,10 +32,6 @@ FEW_THRESHOLDS = 3  # up to which comparing with each is fast enough
 SATURATION = 2**15  # kernels without VNNI sum two products of uint8 and int8 in 16 bits, which must not overflow
 BLOCK_SIZES = (128, 64, 32, 16)  # of MatMulNBits
 Int8Levels = tuple[Array, int, float]
-
-
-class Refused(ValueError):
-    """What the format cannot express; the message names the layer, the reason and a way that works."""
 
 
 class Input(NamedTuple):

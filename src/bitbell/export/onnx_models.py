@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from bitbell.export.onnx_graph import Graph
-from bitbell.export.onnx_layers import Refused, packed_linear
+from bitbell.export.onnx_layers import packed_linear
+from bitbell.export.refusals import Refused
 from bitbell.packing import PackedLinear
 
 # Kinds of rotary positions whose frequencies depend on nothing but the configuration.
