@@ -91,8 +91,11 @@ void unpack_levels(const uint8_t* panel, int64_t k, const float* levels, float* 
       for (int i = 0; i < kPieces; i++) {
         S8 even, odd;
         take_field<kBits>(panel, i, j, even, odd);
-        for (int r = 0; r < 4; r++)
-          for (int l = 0; l < 4; l++) out[64 * l + 4 * i + r] = levels[(l % 2 ? odd : even)[2 * r + l / 2]];
+        for (int r = 0; r < 4; r++) {
+          float* to = out + 4 * i + r;
+          to[0] = levels[even[2 * r]], to[64] = levels[odd[2 * r]];
+          to[128] = levels[even[2 * r + 1]], to[192] = levels[odd[2 * r + 1]];
+        }
       }
 }
 
