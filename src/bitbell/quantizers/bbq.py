@@ -150,8 +150,8 @@ class BBQ(Quantizer):
         return self.estimator == "bell" and self.normalise and not self.restore_rms and self.offset is None
 
     def _is_fused_for(self, x: Tensor) -> bool:
-        """Whether `FusedBellBox` quantizes `x`: BBQ as published, within one process, where the C++ kernels compute;
-        with `compact`, which nothing else knows, everywhere."""
+        """Whether `FusedBellBox` quantizes `x`: BBQ as published, in float32 or narrower, its statistics this process's
+        own, where the C++ kernels compute; with `compact`, which nothing else knows, on every device."""
         if not self._is_published or self.ranks.group is not None or x.dtype == torch.float64:
             return False
         return self.compact or (computes(x) and not triton.computes(x))

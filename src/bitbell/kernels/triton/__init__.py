@@ -28,6 +28,7 @@ _mode = os.environ.get(VARIABLE) or "auto"
 if _mode == "interpret" and "triton" not in sys.modules:
     os.environ["TRITON_INTERPRET"] = "1"
 _interprets = _installed and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+_IS_ROCM = torch.version.hip is not None  # where tensors of AMD's GPUs say is_cuda too
 
 
 def available() -> bool:
@@ -47,6 +48,8 @@ def why_not() -> str:
         return f"TRITON_INTERPRET is set, so that no kernel is compiled; {VARIABLE}=interpret uses the interpreter"
     if mode() == "auto" and not torch.cuda.is_available():
         return "PyTorch finds no GPU"
+    if mode() == "auto" and _IS_ROCM:
+        return "the products are written for NVIDIA's GPUs"
     return ""
 
 
@@ -56,11 +59,13 @@ def interpreted() -> bool:
 
 
 def computes(x: Tensor) -> bool:
-    """Whether Triton's kernels compute for `x`: it is on a GPU, or the interpreter is in use. Raises ValueError if the
-    environment variable says anything but a mode."""
+    """Whether Triton's kernels compute for `x`: it is on an NVIDIA GPU, or the interpreter is in use.
+
+    Raises ValueError if the environment variable says anything but a mode.
+    """
     if mode() == "off" or not _installed:
         return False
-    return _interprets if _mode == "interpret" else x.is_cuda and not _interprets
+    return _interprets if _mode == "interpret" else x.is_cuda and not _interprets and not _IS_ROCM
 
 
 def mode() -> str:
