@@ -20,9 +20,11 @@ rows it holds. (Its other form keeps that in a pickled file.)
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +93,9 @@ def save_checkpoint(
         state = {"format_version": FORMAT_VERSION, "step": step, "random_state": _random_state()}
         if is_sharded(model):
             state |= {"format_version": SHARDED_VERSION, "processes": world.size}
-            _write_shards(_named_state(model, optimizer), partial)
+            tensors = _named_state(model, optimizer)
+            _write_shards(tensors, partial)
+            world.first(lambda: _check_shards(tensors, partial))
         else:
             world.first(lambda: _write_files(model, optimizer, partial))
         world.first(lambda: _put_in_place(state, partial, final))
@@ -127,8 +131,20 @@ def _write_shards(state: dict[str, Tensor], folder: Path) -> None:
     sharded.save(state, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
 
 
+def _check_shards(tensors: dict[str, Tensor], folder: Path) -> None:
+    """Raise CheckpointError unless the files that this process sees hold all rows of all tensors."""
+    found = _shapes_in(folder, _shards_in(folder))
+    for name, tensor in tensors.items():
+        if found.get(name) != (tensor.dtype, tensor.shape):
+            raise CheckpointError(f"{name} was not written whole: is {folder} on a disk that all processes share?")
+
+
+def _shards_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("shard-*.safetensors"))
+
+
 def _put_in_place(state: dict[str, Any], partial: Path, final: Path) -> None:
-    shards = sorted(path.name for path in partial.glob("shard-*.safetensors"))
+    shards = _shards_in(partial)
     state = state | ({"shards": shards} if shards else {})
     (partial / "state.json").write_text(json.dumps(state), encoding="utf-8")
     for path in (*partial.iterdir(), partial):
@@ -186,10 +202,12 @@ def _load_parts(path: Path, state: dict[str, Any], model: nn.Module, optimizer: 
 
 
 def _shapes_in(path: Path, files: Sequence[str]) -> dict[str, tuple[torch.dtype, torch.Size]]:
-    """Type and whole shape of every tensor in a checkpoint's files, by their headers."""
+    """Type and whole shape of every tensor in a checkpoint's files, by their headers. Raises CheckpointError for a file
+    that cannot be read, and for a tensor of which there are only some rows."""
     from safetensors import safe_open
 
     found: dict[str, tuple[torch.dtype, torch.Size]] = {}
+    elements: Counter[str] = Counter()
     for file in files:
         try:
             with safe_open(path / file, "pt") as tensors:
@@ -200,8 +218,12 @@ def _shapes_in(path: Path, files: Sequence[str]) -> dict[str, tuple[torch.dtype,
                     ends = [o + n for o, n in zip(start, part.get_shape(), strict=True)]
                     before = found[name][1] if name in found else ends
                     found[name] = DTYPES[part.get_dtype()], torch.Size(map(max, before, ends))
+                    elements[name] += math.prod(part.get_shape())
         except Exception as error:  # safetensors has errors of its own beside OSError
             raise CheckpointError(f"{path / file} cannot be read: {error}") from None
+    for name, (_, shape) in found.items():  # whose rest would be read as whatever is in memory
+        if elements[name] < shape.numel():
+            raise CheckpointError(f"{path}: only {elements[name]} of the {shape.numel()} elements of {name} are there")
     return found
 
 
