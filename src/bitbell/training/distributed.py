@@ -98,10 +98,10 @@ def join(device: str) -> Iterator[World]:
     """The processes that torchrun started this one with, or this one alone.
 
     Joins a process group unless the program has done so; leaves it afterwards. Raises ValueError for a device that
-    several processes cannot share.
+    several processes cannot share, and where it is not said which GPU is this one's.
     """
     joined_before = dist.is_available() and dist.is_initialized()
-    if not joined_before and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if (dist.get_world_size() if joined_before else int(os.environ.get("WORLD_SIZE", 1))) == 1:
         yield ONE_PROCESS
         return
     if joined_before and "cpu:" not in dist.get_backend_config():
@@ -109,10 +109,12 @@ def join(device: str) -> Iterator[World]:
             f"the process group was made with {dist.get_backend_config()!r}, but the processes also agree on numbers "
             'on the CPU: make it with "cpu:gloo,cuda:nccl"'
         )
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if device.startswith("cuda:"):
         raise ValueError(f"device={device} is one GPU; with several processes each takes its own with device=cuda")
     on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    if on_gpu and "LOCAL_RANK" not in os.environ:
+        raise ValueError("LOCAL_RANK must say which of this machine's GPUs is this process's (torchrun sets it)")
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if on_gpu and local_rank >= torch.cuda.device_count():
         raise ValueError(
             f"process {local_rank} of this machine finds {torch.cuda.device_count()} GPUs; start one process a GPU "
@@ -122,13 +124,16 @@ def join(device: str) -> Iterator[World]:
         torch.cuda.set_device(local_rank)
     if not joined_before:
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+    group: Any = None
     try:
         # A group of its own: its messages then need no order among those of gradients.
-        group: Any = dist.new_group()
+        group = dist.new_group()
         yield World(dist.get_rank(), dist.get_world_size(), local_rank, Ranks(dist.get_world_size(), group.group_name))
     finally:
         if not joined_before:
             dist.destroy_process_group()
+        elif group is not None:
+            dist.destroy_process_group(group)
 
 
 def check_shares(config: TrainConfig, world: World) -> None:

@@ -68,7 +68,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> TrainingResu
 
     Raises ValueError for a configuration that does not fit its data or its directory, TrainingDiverged with step and
     place when numbers stop being finite, and CheckpointError when a checkpoint cannot be written; the last good one
-    is always intact.
+    is always intact. Where the first of several processes failed alone, the others raise RankFailed.
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -137,7 +137,8 @@ class _Run:
             self.fogzo = Fogzo(self.model, noise=config.fogzo_noise, samples=config.fogzo_samples, seed=config.seed)
         self.run = world.first(lambda: open_run(config, task.facts, dtype_name(precision)))
         self._prepare(world.first(lambda: list_checkpoints(self.run)))
-        self.journal = Journal(self.run, self.step, config.tensorboard) if world.is_first else None
+        self.journal: Journal | None = None
+        world.first(self._open_journal)
         self.stop_requested = self.stop_agreed = False
 
     def _prepare(self, checkpoints: list[Checkpoint]) -> None:
@@ -157,6 +158,9 @@ class _Run:
             self.step = checkpoints[-1].step
             load_checkpoint(checkpoints[-1], self.model, self.optimizer)
             self.progress.say(f"continuing {self.run} after step {self.step}")
+
+    def _open_journal(self) -> None:
+        self.journal = Journal(self.run, self.step, self.config.tensorboard)
 
     def _batch(self, micro_batch: int) -> Batch:
         inputs, targets = self.task.batch(micro_batch)
