@@ -28,6 +28,8 @@ def config(**fields: object) -> TrainConfig:
         ("precision", "fp8", "precision must be auto, float32 or bfloat16, got precision='fp8'"),
         ("stop_after", 0, "stop_after must be at least 1"),
         ("threads", 0, "threads must be at least 1"),
+        ("reduce_every", True, "reduce_every must be left out without fsdp, got reduce_every=True"),
+        ("low_bit_gather", True, "low_bit_gather must be left out without fsdp"),
         ("device", "auto:7", "device must be auto, cpu, cuda or cuda:N"),
         ("device", "tpu", "device must be auto, cpu, cuda or cuda:N"),
     ],

@@ -13,8 +13,8 @@ from typing import Any
 
 from bitbell.data.image_batches import AUGMENTATIONS
 
-# Fields that may change between a run's start and its resumption. Device, threads and compilation touch the last bits
-# only.
+# Fields that may change between a run's start and its resumption. Device, threads, compilation and how processes share
+# the work touch the last bits only.
 FREE_FIELDS = frozenset(
     {
         "out",
@@ -179,10 +179,11 @@ class TrainConfig:
             _check(self, name, self.fogzo or getattr(self, name) == getattr(type(self), name), "left out without fogzo")
         _check(self, "precision", self.precision in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16")
         _check(self, "distributed", self.distributed in ("ddp", "fsdp"), "ddp or fsdp")
+        _check(self, "reduce_every", not self.reduce_every or self.distributed == "fsdp", "left out without fsdp")
         whole = not self.fogzo or self.distributed == "ddp"
         _check(self, "distributed", whole, "ddp with fogzo, which moves whole weights")
         fits = not self.low_bit_gather or self.distributed == "fsdp"
-        _check(self, "low_bit_gather", fits, "left out without distributed='fsdp'")
+        _check(self, "low_bit_gather", fits, "left out without fsdp")
         known = re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None
         _check(self, "device", known, "auto, cpu, cuda or cuda:N")
 
