@@ -20,7 +20,7 @@ from bitbell.kernels import native
 from bitbell.models.presets import PRESETS, Preset
 from bitbell.quantizers import make_quantizer
 from bitbell.quantizers.ranks import Ranks
-from bitbell.training import TrainConfig, loop, train
+from bitbell.training import TrainConfig, checkpoint, loop, train
 from bitbell.training.distributed import average_running_statistics, local_part
 
 MICRO = Preset(layers=2, width=64, heads=2, feed_forward=128, learning_rate=4e-3, tokens=1e4, vocabulary=300)
@@ -32,7 +32,9 @@ class Watch:
     def __init__(self, rank: int) -> None:
         self.rank, self.seen = rank, {}  # type: ignore[var-annotated]
         self.stop_at: int | None = None
+        self.own_disk = False
         take_step, save = loop._Run._take_step, loop.save_checkpoint
+        write_shards = checkpoint._write_shards
 
         def watched_step(run: Any) -> None:
             if run.step == self.stop_at and rank == 1:
@@ -49,6 +51,10 @@ class Watch:
             self.seen["largest part"] = max(local_part(p).numel() / p.numel() for p in model.parameters())
             return save(run, step, model, *rest)
 
+        def watched_write(state: dict[str, Tensor], folder: Path) -> None:
+            write_shards(state, folder.with_name(f"seen by {rank} alone") if self.own_disk and rank > 0 else folder)
+
+        checkpoint._write_shards = watched_write
         loop._Run._take_step, loop.save_checkpoint = watched_step, watched_save  # type: ignore[method-assign]
 
 
@@ -130,12 +136,13 @@ def main(rank: int, size: int, folder: Path) -> None:
     watch = Watch(rank)
     found: dict[str, Any] = {"quantizers": compare_quantizers(rank, size), "norms": average_batch_norms(rank, size)}
     for job in json.loads((folder / f"jobs-{size}.json").read_text()):
-        watch.seen, watch.stop_at = {}, job.get("stop_at")
+        watch.seen, watch.stop_at, watch.own_disk = {}, job.get("stop_at"), job.get("own_disk", False)
         try:
             result = train(TrainConfig(**job["config"]))
             found[job["name"]] = {"status": result.status, "step": result.step, **watch.seen}
         except Exception as error:
             found[job["name"]] = {"error": f"{type(error).__name__}: {error}"}
+    found["groups"] = len(dist.distributed_c10d._world.pg_map)
     (folder / f"found-{size}-{rank}.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()

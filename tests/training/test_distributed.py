@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from bitbell.data import prepare_images
 from bitbell.kernels import native
 from bitbell.training import TrainConfig, load_run, train
-from bitbell.training.checkpoint import list_checkpoints
+from bitbell.training.checkpoint import CheckpointError, list_checkpoints
+from bitbell.training.distributed import join
 from bitbell.training.journal import read_metrics
 
 SCRIPT = Path(__file__).with_name("distributed_ranks.py")
+HAS_DIGITS = find_spec("sklearn") is not None
 ALL_WAYS = [("ddp", 1), ("ddp", 2), ("fsdp", 1), ("fsdp", 2)]
 # Number of processes -> recipe -> how, and with how many micro-batches a step.
 WORK = {
@@ -116,11 +120,15 @@ def family(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Family
             for accumulation in (1, 2):
                 alone(family, f"{recipe}-1-{accumulation}", recipe=recipe, accumulation=accumulation)
         alone(family, "fogzo-1", fogzo=True, fogzo_start=0.0)
-        for out in ("from-1", "from-1-to-4", "spoilt-ddp", "spoilt-fsdp"):
+        if HAS_DIGITS:
+            prepare_images("digits", family.folder / "digits", size=8)
+            alone(family, "images-1", **images(family))
+        for out in ("from-1", "from-1-to-4", "spoilt-ddp", "spoilt-fsdp", "torn journal"):
             alone(family, out, stop_after=2)
         spoil(family, "spoilt-ddp")
         spoil(family, "spoilt-fsdp")
-        family.train_together(2, [*same_work(2), *of_two()])
+        (family.folder / "torn journal" / "metrics.jsonl").write_text("no JSON\n{}\n")
+        family.train_together(2, [*same_work(2), *of_two(), *of_images(family)])
         family.train_together(4, [*same_work(4), *of_four()])
         alone(family, "2-4-1")
         alone(family, "low bits")
@@ -157,8 +165,20 @@ def of_two() -> list[dict[str, Any]]:
         {"name": "low bits", "config": fsdp | {"low_bit_gather": True, "stop_after": 2}},
         {"name": "low bits gpt", "config": fsdp | {"low_bit_gather": True, "preset": "micro-gpt", "steps": 1}},
         {"name": "left alone", "config": LONG},
+        {"name": "torn journal", "config": {}},
+        {"name": "two disks", "config": fsdp | {"steps": 2}, "own_disk": True},
         {"name": "every", "config": fsdp | {"accumulation": 2, "reduce_every": True}},
     ]
+
+
+def images(family: Family) -> dict[str, Any]:
+    fields = {"preset": "vit-micro", "recipe": "bbq-vision-w2a2", "steps": 2, "batch_size": 16}
+    return fields | {"data": str(family.folder / "digits"), "evaluate_windows": 33, "final_windows": 33}
+
+
+def of_images(family: Family) -> list[dict[str, Any]]:
+    ways = ("ddp", "fsdp") if HAS_DIGITS else ()
+    return [{"name": f"images-{way}", "config": images(family) | {"distributed": way}} for way in ways]
 
 
 def of_four() -> list[dict[str, Any]]:
@@ -284,6 +304,15 @@ def test_a_sharded_checkpoint_is_a_model_and_holds_no_pickle(family: Family, mic
     assert list_checkpoints(family.folder / "bbq-w2a2-fsdp-4-1")[-1].step == 2
 
 
+def test_missing_rows_are_not_read_as_whatever_is_in_memory(family: Family, micro_preset: None) -> None:
+    run = family.folder / "bbq-w2a2-fsdp-2-1"
+    path = list_checkpoints(run)[-1].path
+    state = json.loads((path / "state.json").read_text())
+    (path / "state.json").write_text(json.dumps(state | {"shards": state["shards"][1:]}))
+    with pytest.raises(CheckpointError, match=r"only \d+ of the \d+ elements of .* are there"):
+        load_run(run)
+
+
 def test_nan_stops_all_processes_at_one_step_and_place(family: Family) -> None:
     for name in ("spoilt-ddp", "spoilt-fsdp"):
         said = {found[name]["error"] for found in family.found[2]}
@@ -291,6 +320,29 @@ def test_nan_stops_all_processes_at_one_step_and_place(family: Family) -> None:
         where = "first in the parameter model.layers.1.mlp.down_proj.weight"
         assert f"TrainingDiverged: the loss is nan at step 3, {where}; the last good" in said.pop()
         assert read_metrics(family.folder / name / "metrics.jsonl")[-1]["event"] == "diverged"
+
+
+def test_a_disk_that_is_not_shared_fails_the_checkpoint(family: Family) -> None:
+    for found in family.found[2]:
+        assert "was not written whole: is " in found["two disks"]["error"]
+        assert "on a disk that all processes share?" in found["two disks"]["error"]
+    assert list_checkpoints(family.folder / "two disks") == []
+
+
+def test_a_journal_that_one_process_cannot_read_stops_all(family: Family) -> None:
+    assert "ValueError" in family.found[2][0]["torn journal"]["error"]
+    assert "RankFailed: the first of 2 processes stopped: ValueError" in family.found[2][1]["torn journal"]["error"]
+
+
+def test_runs_leave_no_process_groups_behind(family: Family) -> None:
+    assert {found["groups"] for ranks in family.found.values() for found in ranks} == {1}
+
+
+def test_a_gpu_of_ones_own_needs_a_local_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(ValueError, match="LOCAL_RANK"), join("cuda"):
+        pass
 
 
 def test_a_wish_of_one_process_stops_all(family: Family) -> None:
@@ -307,6 +359,17 @@ def test_a_batch_that_cannot_be_shared_is_refused(family: Family) -> None:
 def test_a_quantized_head_and_gpt_train_in_parts(family: Family) -> None:
     for name in ("head", "gpt", "low bits gpt"):
         assert {found[name].get("status") for found in family.found[2]} == {"finished"}, family.found[2][0][name]
+
+
+@pytest.mark.skipif(not HAS_DIGITS, reason="the digits are in scikit-learn")
+def test_image_runs_say_what_one_process_says(family: Family) -> None:
+    whole = family.summary("images-1")
+    for name in ("images-ddp", "images-fsdp"):
+        assert family.losses(name) == pytest.approx(family.losses("images-1"), abs=5e-3), name
+        ours = family.summary(name)
+        assert ours["images_seen"] == whole["images_seen"] == 2 * 16
+        assert ours["loss"] == pytest.approx(whole["loss"], abs=0.05)
+        assert ours["activation_entropy"] == pytest.approx(whole["activation_entropy"], abs=5e-4)
 
 
 def test_fogzo_does_not_work_on_parts(family: Family) -> None:

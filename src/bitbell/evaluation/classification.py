@@ -95,15 +95,18 @@ def evaluate_images(
     batch_size: int = 64,
     precision: torch.dtype = torch.float32,
     score: ClassificationScore | None = None,
+    code_images: int | None = None,
 ) -> ImageEvaluation:
     """Evaluate a full-precision, quantized or packed classifier on a split of an image set.
 
     limit: images at most (None: all). score: where it is known already. Activation entropies come from the first
-    four batches. Raises ValueError where the model has another number of classes or channels than the data.
+    `code_images`, by default those of four batches. Raises ValueError where the model has another number of classes or
+    channels than the data.
     """
     check_classes(model, dataset)
     score = score or score_of(sum_scores(model, image_batches(dataset, split, batch_size, limit), precision))
-    few = min(limit or 4 * batch_size, 4 * batch_size)
+    few = code_images or 4 * batch_size
+    few = min(limit or few, few)
     layers = layer_codes(model, [x for x, _ in image_batches(dataset, split, batch_size, few)])
     used = [row.activation_entropy for row in layers if row.activation_entropy is not None]
     weights = [row.weight_entropy for row in layers]

@@ -165,4 +165,5 @@ class Classification(Task):
 
     def conclude(self, model: nn.Module, measured: Measured, limit: int, precision: torch.dtype) -> Any:
         options: dict[str, Any] = {"limit": limit, "batch_size": self._share, "precision": precision}
+        options["code_images"] = 4 * self.config.batch_size
         return evaluate_images(model, self.dataset, **options, score=measured.score)
