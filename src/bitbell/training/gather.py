@@ -267,9 +267,8 @@ class _Gathered:
         assert self.sent is not None
         ranks = self.gather.mesh.size()
         self.received = self.sent.new_empty(ranks * self.sent.numel())
-        self.work = _collective("all_gather")(
-            self.received, self.sent, group=self.gather.mesh.get_group(), async_op=True
-        )
+        group = self.gather.mesh.get_group()
+        self.work = dist.all_gather_single(self.received, self.sent, group=group, async_op=True)
 
     def read(self, rows: _Rows) -> tuple[Tensor, Tensor, Tensor | None]:
         """Codes, step and offset of one layer's whole weight, once they are here."""
@@ -331,12 +330,6 @@ def _values(rows: _Rows, codes: Tensor, step: Tensor, offset: Tensor | None) -> 
     return values if offset is None else values + offset
 
 
-def _collective(name: str) -> Any:
-    """PyTorch's collective on whole tensors, which has got another name in 2.13."""
-    older = {"all_gather": "all_gather_into_tensor", "reduce_scatter": "reduce_scatter_tensor"}
-    return getattr(dist, f"{name}_single", None) or getattr(dist, older[name])
-
-
 class _Reduction:
     """The gradient of one weight's values on its way to the ranks that hold the rows."""
 
@@ -351,7 +344,7 @@ class _Reduction:
         self.kept = pad(g, (0, 0, 0, missing)) if missing else g.contiguous()  # until the message is through
         self.part = g.new_empty(rows.rows_each, rows.columns)
         group = rows.gather.mesh.get_group()
-        self.work = _collective("reduce_scatter")(self.part, self.kept, group=group, async_op=True)
+        self.work = dist.reduce_scatter_single(self.part, self.kept, group=group, async_op=True)
 
     def finish(self) -> Tensor:
         """The mean over ranks of this rank's rows."""
