@@ -117,6 +117,18 @@ def test_llama_cpp_gives_the_logits_up_to_its_rounding_of_inputs(recipe: str, tm
     assert other > 4 * error  # what the logits of another place would be off by
 
 
+def test_steps_may_be_tiny_or_negative_but_not_huge(tmp_path: Path) -> None:
+    """A scale that training has driven through zero: a float16 of any size keeps its half exactly."""
+    model = packed_model("bbq-w2a16:rotation=none")
+    scale = model.model.model.layers[0].mlp.up_proj.weight_scale
+    scale[:4, 0] = torch.tensor([-0.01234, 1e-5, 3.3e-8, 0.0])
+    written = gguf(model, tmp_path / "model.gguf")
+    assert written.rounding <= 2**-11
+    scale[4] = 1e6
+    with pytest.raises(Refused, match=r"mlp\.up_proj: a step of 1\.0e\+06 does not fit float16"):
+        gguf(model, tmp_path / "other.gguf")
+
+
 REFUSED = {
     "bbq-w2a16": r"layers\.0\.self_attn\.q_proj: llama\.cpp rotates no inputs of layers; export it to ONNX",
     "bbq-w2a2:rotation=none": r"q_proj: llama\.cpp has no operator that quantizes inputs as bbq does",

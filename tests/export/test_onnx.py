@@ -208,6 +208,10 @@ def test_other_architectures_and_positions_are_refused(tmp_path: Path) -> None:
     bitbell.calibrate(model, torch.randn(4, 64))
     with pytest.raises(Refused, match="Sequential has no ONNX export; there is one for LlamaForCausalLM and GPT2"):
         onnx(model, tmp_path / "model.onnx")
+    images: Any = bitbell.quantize(nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3)), "bbq-vision-w2a2")
+    bitbell.calibrate(images, torch.randn(2, 3, 8, 8))
+    with pytest.raises(Refused, match="1: packed convolutions have no ONNX export"):
+        onnx(images, tmp_path / "model.onnx")
     dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     with pytest.raises(Refused, match="'dynamic' change with the text"):
         onnx(packed_model("bbq-w2a2", rope_parameters=dynamic), tmp_path / "model.onnx")

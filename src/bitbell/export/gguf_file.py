@@ -148,13 +148,13 @@ def _layer(name: str, layer: Any, heads: int | None = None) -> _Made:
         what = f"the levels of {layer.recipe.name} in rows of {layer.in_features}"
         raise Refused(f"{name}: no type of GGUF has {what}; {INSTEAD}")
     step = layer.weight_scale.numpy()
-    if step.max() > LARGEST_STEP:
-        raise Refused(f"{name}: a step of {step.max():.1e} does not fit float16; {INSTEAD}")
+    if (largest := np.abs(step).max()) > LARGEST_STEP:
+        raise Refused(f"{name}: a step of {largest:.1e} does not fit float16; {INSTEAD}")
     narrow = np.float16(2) * (step / 2).astype(np.float16)  # so that its half is exact, however small it is
     codes = layer.weight_codes().numpy()
     centred = torch.from_numpy(codes.astype(np.int16) - 2 ** (bits - 1)).to(torch.int8)
     values = levels_of(centred, layer.weight_grid, torch.float32).numpy() * narrow.astype(np.float32)
-    rounding = float((np.abs(narrow.astype(np.float64) - step) / np.maximum(step, SMALLEST_STEP)).max())
+    rounding = float((np.abs(narrow.astype(np.float64) - step) / np.maximum(np.abs(step), SMALLEST_STEP)).max())
     return _Made(blocks.pack(codes[order], narrow[order]), blocks.type, values[order], rounding)
 
 

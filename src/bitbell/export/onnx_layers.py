@@ -23,7 +23,6 @@ from bitbell.kernels.native import InputPlan
 from bitbell.kernels.thresholds import bell_thresholds, find_thresholds, float32
 from bitbell.layers.product import levels_of
 from bitbell.packing import PackedLinear
-from bitbell.packing.conv2d import PackedConv2d
 from bitbell.packing.layers import EXACT_IN_FLOAT32
 from bitbell.packing.plans import input_plan
 from bitbell.quantizers import BBQ, Quantizer
@@ -44,8 +43,6 @@ class Input(NamedTuple):
 
 def packed_linear(graph: Graph, name: str, layer: PackedLinear, x: str) -> str:
     """Add a packed layer called `name` for the input `x` (batch, sequence, in_features); raises Refused."""
-    if isinstance(layer, PackedConv2d):
-        raise Refused(f"{name}: packed convolutions have no ONNX export yet; run them with bitbell.load")
     if layer.activation_quantizer is None:
         y = _of_floats(graph, layer, _rotated(graph, x, layer.rotation))
         y = y if layer.bias is None else str(graph.add("Add", y, graph.constant(layer.bias)))

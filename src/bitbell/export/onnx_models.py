@@ -19,6 +19,7 @@ from bitbell.export.onnx_graph import Graph
 from bitbell.export.onnx_layers import packed_linear
 from bitbell.export.refusals import Refused
 from bitbell.packing import PackedLinear
+from bitbell.packing.conv2d import PackedConv2d
 
 # Kinds of rotary positions whose frequencies depend on nothing but the configuration.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -39,6 +40,9 @@ def build_graph(model: nn.Module, cache: bool) -> Graph:
     kind = type(model).__name__
     if kind not in builders:
         known = " and ".join(builders)
+        for name, layer in model.named_modules():
+            if isinstance(layer, PackedConv2d):
+                raise Refused(f"{name}: packed convolutions have no ONNX export ({kind}); bitbell.load runs them")
         raise Refused(f"{kind} has no ONNX export; there is one for {known}. bitbell.load runs every packed model")
     graph = Graph()
     builders[kind](graph, model, cache)
