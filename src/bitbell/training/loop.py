@@ -178,8 +178,9 @@ class _Run:
                 while self.step < last and not self._is_stopping():
                     self._take_step()
                     self._report_step(at_end=self.step == last)
+                if self.step < self.config.steps:
+                    self._checkpoint()  # a second SIGTERM must not spoil it
             if self.step < self.config.steps:
-                self._checkpoint()
                 self.progress.say(
                     f"stopped after step {self.step} of {self.config.steps}; the same command continues it"
                 )
