@@ -11,10 +11,11 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self, TypeVar
 
 import numpy as np
 
@@ -27,6 +28,7 @@ FORMAT = "bitbell-tokens"
 VERSION = 1
 _SHARD_NAME = re.compile(r"(train|valid)-\d{5,}\.tokens", flags=re.ASCII)
 _PARTIAL = ".partial-"
+T = TypeVar("T")
 _TAKE_AGAIN = "Tokenize again with overwrite=True, or copy the data set again."
 
 
@@ -50,26 +52,49 @@ class Description:
     made_from: dict[str, Any]
 
 
+class Kind(NamedTuple):
+    """What tells one kind of data set from another: `name` in words, "format" and "version" in its dataset.json, the
+    `command` that makes one, and what to do (`again`) about a broken one."""
+
+    name: str
+    format: str
+    version: int
+    command: str
+    again: str
+
+
+_TOKENS = Kind("a token data set", FORMAT, VERSION, "bitbell tokenize SOURCE...", _TAKE_AGAIN)
+
+
 def read_description(folder: Path) -> Description:
     """Read and check dataset.json. Raises FileNotFoundError if it is missing, ValueError if it is wrong."""
+    return read_as(_TOKENS, folder, _parse_description)
+
+
+def read_as(kind: Kind, folder: Path, parse: Callable[[dict[str, Any]], T]) -> T:
+    """What `parse` makes of the dataset.json of a `kind`.
+
+    Raises FileNotFoundError if the file is missing, ValueError if it is wrong.
+    """
     file = folder / DESCRIPTION
     if not file.is_file():
         raise FileNotFoundError(
             f"{folder} is no data set: it has no {DESCRIPTION} (missing, or unfinished). "
-            f"Make one with: bitbell tokenize SOURCE... --out {folder}"
+            f"Make one with: {kind.command} --out {folder}"
         )
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{file} is broken: {error}. {_TAKE_AGAIN}") from error
-    if not isinstance(fields, dict) or fields.get("format") != FORMAT:
-        raise ValueError(f'{file} does not describe a token data set: its "format" is not "{FORMAT}".')
-    if fields.get("version") != VERSION:
-        raise ValueError(f"{file} has format version {fields.get('version')}; this bitbell reads version {VERSION}.")
+        raise ValueError(f"{file} is broken: {error}. {kind.again}") from error
+    if not isinstance(fields, dict) or fields.get("format") != kind.format:
+        raise ValueError(f'{file} does not describe {kind.name}: its "format" is not "{kind.format}".')
+    if fields.get("version") != kind.version:
+        found = fields.get("version")
+        raise ValueError(f"{file} has format version {found}; this bitbell reads version {kind.version}.")
     try:
-        return _parse_description(fields)
+        return parse(fields)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{file} is incomplete or wrong: {type(error).__name__}: {error}. {_TAKE_AGAIN}") from error
+        raise ValueError(f"{file} is incomplete or wrong: {type(error).__name__}: {error}. {kind.again}") from error
 
 
 def _parse_description(fields: dict[str, Any]) -> Description:

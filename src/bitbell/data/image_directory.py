@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bitbell.data.directory import DESCRIPTION, SPLITS
+from bitbell.data.directory import DESCRIPTION, SPLITS, Kind, read_as
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,24 +62,7 @@ def is_image_set(folder: str | Path) -> bool:
 
 def read_image_description(folder: Path) -> ImageDescription:
     """Read and check dataset.json. Raises FileNotFoundError if it is missing, ValueError if it is wrong."""
-    file = folder / DESCRIPTION
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"{folder} is no data set: it has no {DESCRIPTION} (missing, or unfinished). "
-            f"Make one with: bitbell images SOURCE --out {folder}"
-        )
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is broken: {error}. {_AGAIN}") from error
-    if not isinstance(fields, dict) or fields.get("format") != FORMAT:
-        raise ValueError(f'{file} does not describe an image set: its "format" is not "{FORMAT}".')
-    if fields.get("version") != VERSION:
-        raise ValueError(f"{file} has format version {fields.get('version')}; this bitbell reads version {VERSION}.")
-    try:
-        return _parse(fields)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{file} is incomplete or wrong: {type(error).__name__}: {error}. {_AGAIN}") from error
+    return read_as(Kind("an image set", FORMAT, VERSION, "bitbell images SOURCE", _AGAIN), folder, _parse)
 
 
 def _parse(fields: dict[str, Any]) -> ImageDescription:
