@@ -265,7 +265,7 @@ def test_a_file_in_the_place_of_the_directory_is_refused(packed: PackedModel, tm
 
 def test_a_packed_model_is_overwritten_only_on_request(packed: PackedModel, directory: Path) -> None:
     (directory / "config.json").write_text((directory / "config.json").read_text() + " ")
-    with pytest.raises(ValueError, match="holds a packed model already; choose another directory or ask to overwrite"):
+    with pytest.raises(ValueError, match="holds a packed model already; choose another directory, or overwrite it"):
         packed.save(directory)
     assert (directory / "config.json").read_text().endswith(" ")
     packed.save(directory, overwrite=True)

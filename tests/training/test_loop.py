@@ -222,6 +222,19 @@ def test_a_run_of_another_configuration_is_refused_field_by_field(make_config: M
         train(make_config(steps=20, recipe="quest-w2a2"))
 
 
+def test_a_directory_where_nothing_was_trained_takes_another_configuration(
+    make_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("bitbell.training.loop.make_optimizer", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(make_config(steps=20, recipe="quest-w2a2"))
+    config = make_config(steps=20, stop_after=1)
+    assert (Path(config.out) / "config.json").exists()
+    assert train(config).step == 1
+    assert json.loads((Path(config.out) / "config.json").read_text())["recipe"] == "bbq-w2a2"
+
+
 def test_the_order_of_rules_counts(make_config: Make) -> None:
     rules = {"*.0.*": "bbq-w2a2", "*.mlp.*": "bbq-w4a4"}
     train(make_config(steps=20, stop_after=1, rules=rules))

@@ -158,4 +158,4 @@ def _check_may_write(out: Path, overwrite: bool) -> None:
     if foreign := [name for name in names if name not in _OURS]:
         raise ValueError(f"{out} holds other files ({', '.join(foreign[:3])}). Choose a new or empty folder.")
     if DESCRIPTION in names and not overwrite:
-        raise ValueError(f"{out} holds an image set already. Choose another folder, or ask to overwrite it.")
+        raise ValueError(f"{out} holds an image set already. Choose another folder, or overwrite it (--overwrite).")

@@ -20,7 +20,7 @@ def check_target(path: Path, overwrite: bool) -> None:
     if path.is_dir():
         raise ValueError(f"{path} is a directory; give the name of a file")
     if path.exists() and not overwrite:
-        raise ValueError(f"{path} exists already; choose another name or ask to overwrite it")
+        raise ValueError(f"{path} exists already; choose another name, or overwrite it (--overwrite)")
 
 
 def packed_on_cpu(model: nn.Module) -> nn.Module:

@@ -157,6 +157,8 @@ def load_tokenizer_of(directory: str | Path) -> TextTokenizer:
     """The tokenizer that travels with a run or a packed model. Raises ValueError where there is none."""
     from bitbell.data import load_tokenizer
 
+    if not Path(directory).is_dir():
+        raise ValueError(f"{directory} is no directory; give a run, or a packed model")
     if not (Path(directory) / "tokenizer.json").is_file():
         raise ValueError(
             f"{directory} has no tokenizer.json, so text cannot be turned into its tokens; "

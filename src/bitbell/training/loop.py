@@ -81,6 +81,8 @@ def _train(config: TrainConfig, progress: Progress, world: World) -> TrainingRes
     device = pick_device(config.device, world.local_rank if world.size > 1 else None)
     precision = pick_precision(config.precision, device)
     out = Path(config.out)
+    if config.distributed == "fsdp" and world.size == 1:
+        progress.say("one process has nothing to shard: --distributed fsdp is for several (torchrun)")
     with world.held_by_first(lambda: lock_run(out)):
         if world.first(lambda: (out / "summary.json").exists()):
             run = world.first(lambda: open_run(config, task.facts, dtype_name(precision)))

@@ -43,13 +43,14 @@ def open_run(config: TrainConfig, facts: Mapping[str, Any], computed_in: str) ->
             differ["data"] = (old.data, config.data)
         if found.get("computed_in") != computed_in:
             differ["precision"] = (found.get("computed_in"), computed_in)
-        if differ:
+        if differ and _has_begun(run):
             listed = "; ".join(f"{name} was {mine!r}, is {theirs!r}" for name, (mine, theirs) in differ.items())
             raise ValueError(
                 f"{run} holds a run of another configuration ({listed}). Drop what changed, or choose another --out"
             )
-        return run
-    if run.exists() and (not run.is_dir() or any(path.suffix not in (".partial", ".lock") for path in run.iterdir())):
+        if not differ:
+            return run
+    elif run.exists() and (not run.is_dir() or any(path.suffix not in (".partial", ".lock") for path in run.iterdir())):
         raise ValueError(f"{run} exists and is not a run of bitbell (no config.json in it). Choose another --out")
     try:
         run.mkdir(parents=True, exist_ok=True)
@@ -65,6 +66,11 @@ def open_run(config: TrainConfig, facts: Mapping[str, Any], computed_in: str) ->
     except OSError as error:
         raise _cannot_write(run, error) from error
     return run
+
+
+def _has_begun(run: Path) -> bool:
+    """Whether anything was trained here: a run that was refused at its start leaves a configuration only."""
+    return (run / "checkpoints").exists() or (run / "metrics.jsonl").exists()
 
 
 class RunLocked(ValueError):
