@@ -100,7 +100,8 @@ def _check_target(target: Path, overwrite: bool) -> None:
     if not _is_packed(target):
         raise ValueError(f"{target} exists and is no packed model; choose another directory")
     if not overwrite:
-        raise ValueError(f"{target} holds a packed model already; choose another directory, or overwrite it (--overwrite)")
+        how = "choose another directory, or overwrite it (--overwrite)"
+        raise ValueError(f"{target} holds a packed model already; {how}")
 
 
 def _is_packed(folder: Path) -> bool:
