@@ -16,6 +16,7 @@ import argparse
 import copy
 import json
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -35,7 +36,7 @@ from bitbell.serving import NativeLlama
 POSITIONS = 512
 
 
-class Engine:
+class Engine(ABC):
     """prefill(ids) forgets everything, takes the prompt and returns its last logits (vocabulary,), or None where the
     engine does not tell; decode(count) goes on by so many tokens.
 
@@ -47,17 +48,17 @@ class Engine:
     expected: Tensor | None = None
     executor: ThreadPoolExecutor | None = None
 
-    def prefill(self, ids: list[int]) -> Tensor | None:
-        raise NotImplementedError
+    @abstractmethod
+    def prefill(self, ids: list[int]) -> Tensor | None: ...
 
-    def decode(self, count: int) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def decode(self, count: int) -> None: ...
 
     def checked_logits(self, ids: list[int]) -> Tensor | None:
         """The logits that are compared with `expected`."""
         return self.prefill(ids)
 
-    def release(self) -> None:
+    def release(self) -> None:  # noqa: B027 - most engines hold nothing of the kind
         """Give back memory that is not Python's."""
 
 

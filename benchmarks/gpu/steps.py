@@ -7,7 +7,6 @@ that autograd holds after the forward pass, parameters not included.
 from __future__ import annotations
 
 import argparse
-import inspect
 import math
 import time
 from collections.abc import Callable
@@ -96,7 +95,7 @@ def prepare(
     """
     model = build_model(name, vocab_size=vocabulary, sequence_length=tokens.shape[1]).to(machine.device)
     if candidate.recipe != "none":
-        quantize(model, candidate)
+        bitbell.quantize(model, candidate.recipe, integer_forward=candidate.integers)
         bitbell.calibrate(model, tokens[:, :-1])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     forward: nn.Module = torch.compile(model) if candidate.compiled else model  # type: ignore[assignment]
@@ -118,16 +117,6 @@ def prepare(
         if not math.isfinite(norm := step()):
             raise FloatingPointError(f"the gradient norm is {norm}")
     return step, kept_bytes(model, loss, machine)
-
-
-def quantize(model: nn.Module, candidate: Candidate) -> None:
-    """Swap the layers. Raises NotImplementedError where this bitbell has no forward pass in integers."""
-    if not candidate.integers:
-        bitbell.quantize(model, candidate.recipe)
-    elif "integer_forward" not in inspect.signature(bitbell.quantize).parameters:
-        raise NotImplementedError("this bitbell has no integer_forward")
-    else:
-        bitbell.quantize(model, candidate.recipe, integer_forward=True)
 
 
 def kept_bytes(model: nn.Module, loss: Callable[[], Tensor], machine: Machine) -> int:

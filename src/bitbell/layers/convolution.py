@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitbell.kernels import no_autocast
-from bitbell.layers.product import Grid, add_offsets, levels_of
+from bitbell.layers.product import Grid, add_offsets, levels_of, values_of
 from bitbell.quantizers import Quantized
 
 Pair = tuple[int, int]
@@ -209,8 +209,8 @@ class _IntegerConvolution(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x_codes, w_codes, x_step, w_step, x_offset, w_offset = ctx.saved_tensors
         wanted, geometry = ctx.needs_input_grad[:2], ctx.geometry
-        x = _values(x_codes, ctx.x_grid, x_step, x_offset, ctx.dtype).view(_image(x_codes, ctx.image))
-        w = _filters(_values(w_codes, ctx.w_grid, w_step, w_offset, ctx.dtype), geometry)
+        x = values_of(x_codes, ctx.x_grid, x_step, x_offset, ctx.dtype).view(_image(x_codes, ctx.image))
+        w = _filters(values_of(w_codes, ctx.w_grid, w_step, w_offset, ctx.dtype), geometry)
         image, padding = _pad_unevenly(x.permute(0, 3, 1, 2), geometry)
         window = geometry.stride, padding, geometry.dilation, False, [0, 0], geometry.groups
         g = g.to(ctx.dtype).permute(0, 3, 1, 2)
@@ -228,8 +228,3 @@ class _IntegerConvolution(torch.autograd.Function):
 def _image(rows: Tensor, shape: tuple[int, int, int, int]) -> tuple[int, ...]:
     """(N, H, W, I) of rows (N, H * W * I), of which there may be none."""
     return (len(rows), *shape[1:])
-
-
-def _values(codes: Tensor, grid: Grid, step: Tensor, offset: Tensor | None, dtype: torch.dtype) -> Tensor:
-    values = levels_of(codes, grid, dtype).mul_(step.to(dtype))
-    return values if offset is None else values.add_(offset.to(dtype))

@@ -105,10 +105,10 @@ class _IntegerLinear(torch.autograd.Function):
         g = g.to(ctx.dtype)
         grad_x = grad_w = None
         if ctx.needs_input_grad[0]:
-            grad_x = (g @ _values(w_codes, ctx.w_grid, w_step, w_offset, ctx.dtype)).to(ctx.x_dtype)
+            grad_x = (g @ values_of(w_codes, ctx.w_grid, w_step, w_offset, ctx.dtype)).to(ctx.x_dtype)
         if ctx.needs_input_grad[1]:
             x_codes = x_codes >> ctx.x_shift if ctx.x_shift else x_codes
-            x = _values(x_codes, ctx.x_grid, x_step, x_offset, ctx.dtype)
+            x = values_of(x_codes, ctx.x_grid, x_step, x_offset, ctx.dtype)
             grad_w = (g.reshape(-1, g.shape[-1]).T @ x.reshape(-1, x.shape[-1])).to(ctx.w_dtype)
         return grad_x, grad_w, *[None] * 11
 
@@ -138,6 +138,7 @@ def _multiply_codes(x: Operand, w: Operand, dtype: torch.dtype, bits: Bits) -> T
     return add_offsets(y, x_sums.to(wide), w_sums.to(wide), (x_step, x_offset), (w_step, w_offset), columns).to(dtype)
 
 
-def _values(codes: Tensor, grid: Grid, step: Tensor, offset: Tensor | None, dtype: torch.dtype) -> Tensor:
+def values_of(codes: Tensor, grid: Grid, step: Tensor, offset: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Values of centred int8 codes in `dtype`: level times step plus offset, which broadcast to the codes."""
     values = levels_of(codes, grid, dtype).mul_(step.to(dtype))
     return values if offset is None else values.add_(offset.to(dtype))

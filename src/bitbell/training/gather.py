@@ -29,7 +29,7 @@ from torch.nn.functional import pad
 
 from bitbell.kernels import pack_codes, packed_words, product_dtype, unpack_codes
 from bitbell.layers import QuantLinear, TrainedLayer, quantized_layers
-from bitbell.layers.product import grid_of, levels_of
+from bitbell.layers.product import grid_of, values_of
 from bitbell.quantizers import Quantized, make_quantizer
 from bitbell.quantizers.ranks import Ranks
 
@@ -326,8 +326,7 @@ def _values(rows: _Rows, codes: Tensor, step: Tensor, offset: Tensor | None) -> 
     """The weight's values where the layer multiplies them (inputs left alone); else a stand-in of no size."""
     if rows.layer.activation_quantizer is not None:
         return step.new_zeros(()).expand(codes.shape)
-    values = levels_of(codes, grid_of(rows.layer.weight_quantizer), rows.dtype) * step
-    return values if offset is None else values + offset
+    return values_of(codes, grid_of(rows.layer.weight_quantizer), step, offset, rows.dtype)
 
 
 class _Reduction:
