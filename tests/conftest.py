@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -25,6 +28,24 @@ def reference_kernels() -> Iterator[None]:
 
     with native.using(native.REFERENCE):
         yield
+
+
+@pytest.fixture
+def pass_interpreted() -> Callable[[Path, int], None]:
+    """Run a module of tests in a process whose Triton kernels are interpreted; more than `at_least` of them pass, and
+    none is skipped."""
+
+    def run(module: Path, at_least: int) -> None:
+        command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(module)]
+        environment = os.environ | {"BITBELL_TRITON": "interpret"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+        passed = re.search(r"(\d+) passed", done.stdout)
+        assert passed is not None
+        assert int(passed[1]) > at_least
+        assert "skipped" not in done.stdout
+
+    return run
 
 
 @pytest.fixture(scope="session")

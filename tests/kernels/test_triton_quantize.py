@@ -3,10 +3,8 @@ compiler."""
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -128,15 +126,8 @@ def test_what_is_asked_to_interpret_never_compiles(monkeypatch: pytest.MonkeyPat
 
 
 @needs_triton
-def test_kernels_through_the_interpreter() -> None:
-    cases = Path(__file__).with_name("interpreted_quantize.py")
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(cases)]
-    environment = os.environ | {"BITBELL_TRITON": "interpret"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed is not None
-    assert int(passed[1]) > 75
+def test_kernels_through_the_interpreter(pass_interpreted: Callable[[Path, int], None]) -> None:
+    pass_interpreted(Path(__file__).with_name("interpreted_quantize.py"), 75)
 
 
 class Recorder:
