@@ -11,6 +11,13 @@
 
 namespace bitbell {
 
+using Address = uintptr_t;
+
+template <class T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
 // dict[key] as a T; a missing key is a KeyError, a value of another type a TypeError that names the key.
 template <class T>
 T entry(const nanobind::dict& from, const char* key) {

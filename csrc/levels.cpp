@@ -1,5 +1,7 @@
 #include "levels.hpp"
 
+#include <stdexcept>
+
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
@@ -102,6 +104,16 @@ const Kernels* kernels_named(const std::string& name) {
     if (level.usable && name == "auto" && std::string(level.name) != "amx-emulated") best = level.kernels;
   }
   return best;
+}
+
+const Kernels& kernels_of(const std::string& level) {
+  const Kernels* kernels = kernels_named(level);
+  if (kernels) return *kernels;
+  std::string known = "auto";
+  for (const Level& each : levels()) {
+    if (each.usable) known += std::string(", ") + each.name;
+  }
+  throw std::invalid_argument("level = " + level + ", must be one of " + known);
 }
 
 }  // namespace bitbell

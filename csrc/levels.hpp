@@ -20,4 +20,7 @@ const std::vector<Level>& levels();
 // The kernels of a level by name; "auto": the fastest usable one. Null where there is no such usable level.
 const Kernels* kernels_named(const std::string& name);
 
+// The same, or std::invalid_argument that says which levels there are.
+const Kernels& kernels_of(const std::string& level);
+
 }  // namespace bitbell

@@ -98,16 +98,6 @@ std::vector<LlamaBlock> blocks_from(const std::vector<nb::dict>& from, Plans& pl
   return blocks;
 }
 
-const Kernels& kernels_of(const std::string& level) {
-  const Kernels* kernels = kernels_named(level);
-  if (kernels) return *kernels;
-  std::string known = "auto";
-  for (const Level& each : levels()) {
-    if (each.usable) known += std::string(", ") + each.name;
-  }
-  throw std::invalid_argument("level = " + level + ", must be one of " + known);
-}
-
 void require_shape(bool holds, const std::string& message) {
   if (!holds) throw std::invalid_argument(message);
 }

@@ -21,13 +21,6 @@ using namespace bitbell;
 
 namespace {
 
-using Address = uintptr_t;
-
-template <class T>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
 Codes codes_at(Address codes, int64_t stride, Address step, Address sum, int64_t rows) {
   return {at<int8_t>(codes), stride, at<float>(step), at<int32_t>(sum), rows};
 }
@@ -41,16 +34,10 @@ class Layer {
 
   // x (rows, k) float32, contiguous -> y (rows, outputs) float32.
   void forward(const std::string& level, Address x, int64_t rows, Address y, int threads) const {
-    const Kernels& kernels = named(level);
+    const Kernels& kernels = kernels_of(level);
     nb::gil_scoped_release release;
     if (has_plan_) quantized_linear(kernels, w_, plan_, at<float>(x), rows, at<float>(y), threads);
     else linear_floats(kernels, w_, at<float>(x), w_.k, rows, at<float>(y), w_.rows, threads);
-  }
-
-  static const Kernels& named(const std::string& level) {
-    const Kernels* kernels = kernels_named(level);
-    if (!kernels) throw std::invalid_argument("no kernels of level " + level + " on this machine");
-    return *kernels;
   }
 
  private:
@@ -97,21 +84,21 @@ NB_MODULE(_native, m) {
   });
   m.def("quantize", [](const std::string& level, nb::dict plan, Address x, int64_t rows, int64_t k, Address codes, int64_t stride, Address step,
                        Address sum, int threads) {
-    const Kernels& kernels = Layer::named(level);
+    const Kernels& kernels = kernels_of(level);
     const InputPlan p = plan_from(plan);
     nb::gil_scoped_release release;
     quantize_rows(kernels, p, at<float>(x), k, rows, k, codes_at(codes, stride, step, sum, rows), threads);
   });
   m.def("product", [](const std::string& level, Address arranged, int bits, int64_t outputs, int64_t k, Address codes, int64_t stride, int x_bits,
                       int64_t rows, Address acc, int threads) {
-    const Kernels& kernels = Layer::named(level);
+    const Kernels& kernels = kernels_of(level);
     Weights w;
     w.data = at<uint8_t>(arranged), w.bits = bits, w.rows = outputs, w.k = k;
     nb::gil_scoped_release release;
     integer_product(kernels, w, codes_at(codes, stride, 0, 0, rows), x_bits, at<int32_t>(acc), threads);
   });
   m.def("rotate", [](const std::string& level, Address x, Address y, int64_t n, int64_t block) {
-    const Kernels& kernels = Layer::named(level);
+    const Kernels& kernels = kernels_of(level);
     nb::gil_scoped_release release;
     kernels.rotate(at<float>(x), at<float>(y), n, block);
   });

@@ -14,22 +14,9 @@ using namespace bitbell;
 
 namespace {
 
-using Address = uintptr_t;
-
-template <class T>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
-const Kernels& named(const std::string& level) {
-  const Kernels* kernels = kernels_named(level);
-  if (!kernels) throw std::invalid_argument("no kernels of level " + level + " on this machine");
-  return *kernels;
-}
-
 void quantize(const std::string& level, nb::dict plan, Address x, int type, int64_t rows, int64_t k, bool by_row, bool given, Address size,
               Address codes, int bits, Address kept, int kept_type, int threads) {
-  const Kernels& kernels = named(level);
+  const Kernels& kernels = kernels_of(level);
   const InputPlan p = plan_from(plan);
   nb::gil_scoped_release release;
   quantize_tensor(kernels, p, {at<void>(x), type, rows, k}, by_row, given, at<float>(size), at<int8_t>(codes), bits, at<void>(kept), kept_type,
@@ -37,7 +24,7 @@ void quantize(const std::string& level, nb::dict plan, Address x, int type, int6
 }
 
 void gradient(const std::string& level, nb::dict from, int64_t rows, int64_t k, int threads) {
-  const Kernels& kernels = named(level);
+  const Kernels& kernels = kernels_of(level);
   BellTensor t;
   t.g = {address<void>(from, "g"), entry<int>(from, "g_type"), rows, k};
   t.h = {address<void>(from, "h"), entry<int>(from, "h_type"), rows, k};
@@ -61,7 +48,7 @@ void gradient(const std::string& level, nb::dict from, int64_t rows, int64_t k, 
 
 void finish(const std::string& level, nb::dict from, Address acc, Address x, int64_t rows, Address x_step, bool step_by_row, Address y,
             int threads) {
-  const Kernels& kernels = named(level);
+  const Kernels& kernels = kernels_of(level);
   ProductRow row;
   row.outputs = entry<int64_t>(from, "outputs");
   row.k = entry<int64_t>(from, "k");
@@ -76,7 +63,7 @@ void finish(const std::string& level, nb::dict from, Address acc, Address x, int
 }
 
 void sums(const std::string& level, Address codes, int64_t rows, int64_t k, Address to, int threads) {
-  const Kernels& kernels = named(level);
+  const Kernels& kernels = kernels_of(level);
   nb::gil_scoped_release release;
   sums_of_codes(kernels, at<int8_t>(codes), rows, k, at<int32_t>(to), threads);
 }

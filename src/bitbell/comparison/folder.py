@@ -152,7 +152,7 @@ def _check_comparable(out: Path, old: Sweep, facts: dict[str, Any], new: Sweep) 
         differ["data"] = (before.data, after.data)
     if facts.get("computed_in") != now["computed_in"]:
         differ["precision"] = (facts.get("computed_in"), now["computed_in"])
-    for label in old.methods.keys() & new.methods.keys():
+    for label in sorted(old.methods.keys() & new.methods.keys()):
         if old.methods[label] != new.methods[label]:
             differ[f"methods.{label}"] = (old.methods[label], new.methods[label])
         if old.overrides.get(label) != new.overrides.get(label):

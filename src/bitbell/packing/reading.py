@@ -271,7 +271,7 @@ def check_tensors(folder: Path, model: nn.Module, header: Mapping[str, tuple[str
         raise PackedFileError(f"{path}: the tensor {name} is missing")
     for name in sorted(header.keys() - expected.keys()):
         raise PackedFileError(f"{path}: the tensor {name} has no place in the model")
-    for name in expected.keys() & header.keys():
+    for name in sorted(expected.keys() & header.keys()):
         tensor, (dtype, shape) = expected[name], header[name]
         narrow = dtype in ("F16", "BF16", "F32") and not _OF_QUANTIZERS.search(name)
         floats = tensor.is_floating_point() and narrow
