@@ -1,7 +1,7 @@
 """Named model sizes as `transformers` configurations; bitbell has no model code of its own.
 
 The sizes are those of the BBQ and QuEST papers (non-embedding parameters; head dimension 128, untied head) and a
-`tiny` one that trains in minutes on two CPU cores. `gpt-` presets are the papers' GPT (LayerNorm, learned positions, a
+`tiny` one that trains in minutes on two CPU cores; `mini` has half its width. `gpt-` presets are the papers' GPT (LayerNorm, learned positions, a
 GELU MLP of 4 widths) in the depths, widths and training settings of the LLaMA sizes. The papers' models have no biases;
 GPT-2 of `transformers` has them, starting at zero, in its linear layers and norms. `images.py` has image classifiers.
 """
@@ -46,6 +46,7 @@ class Preset:
 
 
 PRESETS: dict[str, Preset] = {
+    "mini": Preset(layers=4, width=128, heads=2, feed_forward=384, learning_rate=4e-3, tokens=3e5, vocabulary=1024),
     "tiny": Preset(layers=4, width=256, heads=4, feed_forward=768, learning_rate=4e-3, tokens=3e5, vocabulary=1024),
     "30m": Preset(layers=6, width=640, heads=5, feed_forward=1792, learning_rate=1.2e-3, tokens=3e9),
     "50m": Preset(layers=7, width=768, heads=6, feed_forward=2048, learning_rate=1.2e-3, tokens=5e9),
