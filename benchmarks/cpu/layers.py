@@ -301,6 +301,8 @@ def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     ours = sorted(records[0]["ratio_to"], key=lambda name: "w2" not in name)[0]
+    if not ours.endswith("C++ call"):  # too many bars to tell apart otherwise
+        records = [r for r in records if not r["candidate"].endswith("C++ call")]
     panels = list(dict.fromkeys((r["rows"], r["regime"]) for r in records))
     figure, axes = pyplot.subplots(len(panels), 1, figsize=(11, 3.6 * len(panels)), squeeze=False)
     for axis, (rows, regime) in zip(axes[:, 0], panels, strict=True):
