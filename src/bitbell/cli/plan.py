@@ -37,7 +37,7 @@ def plan(
         flops: Peak operations a second of a GPU.
         utilisation: Share of the peak that is reached.
         link: Bytes a second that a GPU sends.
-        table: Every size, spread and gather as a Markdown table, whichever of them are given.
+        table: Every size, --distributed and gather as a Markdown table, whichever of them are given.
     """
     from bitbell.training.plan import GATHERS, SHAPES, Job, describe
     from bitbell.training.plan import table as table_of

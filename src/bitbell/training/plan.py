@@ -265,7 +265,7 @@ def describe(job: Job) -> str:
 def table(jobs: Sequence[Job]) -> str:
     """Plans as a Markdown table."""
     lines = [
-        "| parameters | GPUs | spread | gather | weights | gradients | moments | kept | activations | memory, GB "
+        "| parameters | GPUs | distributed | gather | weights | gradients | moments | kept | activations | memory, GB "
         "| moved, GB | computing, s | moving, s |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
