@@ -77,7 +77,7 @@ class Recipe:
             raise ValueError(f"method {self.method!r} quantizes activations only; give it as activation_method")
         check_bits("weights", METHODS[self.method], self.weights)
         if self.activations is not None:
-            check_bits("activations", self._activations, self.activations, or_else=", or None (a16) to leave them alone")
+            check_bits("activations", self._activations, self.activations, hint="; None (a16) leaves them alone")
         named = isinstance(self.rotation, str) and self.rotation in LARGEST_BLOCKS
         if self.rotation is not None and not named and not _is_power_of_two(self.rotation):
             raise ValueError(f"rotation must be 'auto', 'vision', a power of two or None, got {self.rotation!r}")

@@ -263,16 +263,16 @@ class _Carrier(torch.autograd.Function):
         return g
 
 
-def check_bits(argument: str, method: type[Quantizer], bits: object, or_else: str = "") -> None:
+def check_bits(argument: str, method: type[Quantizer], bits: object, hint: str = "") -> None:
     """Raise ValueError, naming the argument and the widths that the method has, unless `bits` is one of them.
 
-    or_else: what else the caller allows, for the message.
+    hint: what follows in the message.
     """
     if isinstance(bits, bool) or not isinstance(bits, int) or bits not in method.widths:
         low, high = min(method.widths), max(method.widths)
         allowed = f"an integer from {low} to {high} bits" if low < high else f"{low} bits"
         of = "" if (low, high) == (1, 8) else f" for {method.method}"
-        raise ValueError(f"{argument} must be {allowed}{of}{or_else}, got {argument}={bits!r}")
+        raise ValueError(f"{argument} must be {allowed}{of}, got {argument}={bits!r}{hint}")
 
 
 def table_like(table: tuple[float, ...], like: Tensor) -> Tensor:
