@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
+from bitbell.comparison.columns import cells, columns_of, gap_lines
 from bitbell.comparison.folder import SweepFolder
 from bitbell.comparison.results import markdown, records, write_results
-from bitbell.comparison.rows import best_rows, cells, gap_lines, legend, make_row, make_rows, problems
+from bitbell.comparison.rows import best_rows, legend, make_row, make_rows, problems
 from bitbell.comparison.sweep import Sweep, Trial
 
 Finish = Callable[..., None]
@@ -46,11 +47,12 @@ def test_a_row_is_the_mean_over_all_seeds_at_the_chosen_rate(
     assert row.choice.learning_rate == 4e-3
     assert row.losses == pytest.approx([3.1, 3.11])
     assert row.deviation == pytest.approx(statistics.stdev([3.1, 3.11]))
-    line = cells(row)
+    columns = columns_of(sweep, [row])
+    line = cells(row, columns)
     assert line[:6] == ["bbq", "W2A2", "0.004^", "3.1050", "0.0071", "2"]
     assert line[6] == f"{math.exp(3.105):.2f}"
     assert line[8:] == ["1.800", "1.600", "0.50", "0.25"]
-    assert cells(make_row(sweep, sweep.settings[0], folder.look))[10] == "4.00"
+    assert cells(make_row(sweep, sweep.settings[0], folder.look), columns)[10] == "4.00"
 
 
 def test_full_precision_leads_then_widths_fall_and_the_best_comes_first(
@@ -63,7 +65,7 @@ def test_full_precision_leads_then_widths_fall_and_the_best_comes_first(
         *("full precision", "quest W4A4", "bbq W4A4", "nf W4A4", "quest W1A1", "bbq W1A1"),
     ]
     assert [row.name for row in best_rows(rows)] == ["quest W4A4", "quest W1A1"]
-    assert [line[:3] for line in gap_lines(sweep)] == [["nf", "W1A1", "-"]]
+    assert [line[:3] for line in gap_lines(sweep, columns_of(sweep, rows))] == [["nf", "W1A1", "-"]]
     text = markdown(sweep, folder.look)
     assert text.count("**3.1000**") == 2 + 2  # best of two widths, and best rate of each
     assert "- nf has no W1A1: " in text
@@ -97,8 +99,9 @@ def test_divergence_is_counted_marked_and_never_best(
         finish(folder, sweep, Trial(quest, seed, 1e-3), 3.0)
     finish(folder, sweep, Trial(lsq, 0, 1e-3), status="diverged")
     rows = {row.label: row for row in make_rows(sweep, folder.look)}
-    assert cells(rows["bbq"])[3:6] == ["2.0000!", "-", "1 of 2, 1 diverged"]
-    assert cells(rows["lsq"])[2:6] == ["-", "-", "-", "1 diverged"]
+    columns = columns_of(sweep, list(rows.values()))
+    assert cells(rows["bbq"], columns)[3:6] == ["2.0000!", "-", "1 of 2, 1 diverged"]
+    assert cells(rows["lsq"], columns)[2:6] == ["-", "-", "-", "1 diverged"]
     assert best_rows(list(rows.values())) == []
     trials = [Trial(bbq, 1, 1e-3)]
     assert problems(sweep, folder.look, trials) == ["bbq-w2a2-lr0.001-seed1 diverged: at step 7"]

@@ -40,7 +40,7 @@ def compare(
         seeds: Of initial weights and data order.
         learning_rates: The grid that every method is tuned on.
         tune_seeds: The first so many seeds try every learning rate; the others only the chosen one.
-        data: Token data set, made by bitbell tokenize.
+        data: Token data set, made by bitbell tokenize, or image set, made by bitbell images.
         preset: Model size.
         steps: Optimizer steps of each run.
         settings: Further options of bitbell train for every run, such as batch_size=16 weight_decay=0.05.

@@ -119,15 +119,14 @@ def read_sweep(out: Path) -> tuple[Sweep, dict[str, Any]]:
 
 
 def _facts(sweep: Sweep) -> dict[str, Any]:
-    """What the numbers depend on beside the sweep. Raises ValueError for a missing data set or an unknown preset."""
-    from bitbell.data import TokenDataset
-    from bitbell.models import find_preset
+    """What the numbers depend on beside the sweep. Raises ValueError for a data set that is missing or not for the
+    preset, and for an unknown preset."""
     from bitbell.training.loop import dtype_name, pick_device, pick_precision
     from bitbell.training.run import data_fingerprint
+    from bitbell.training.tasks import open_data
 
     config = base_config(sweep)
-    TokenDataset.open(config.data)
-    find_preset(config.preset)
+    open_data(config)
     precision = pick_precision(config.precision, pick_device(config.device))
     return {
         "format_version": FORMAT_VERSION,

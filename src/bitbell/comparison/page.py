@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
+from bitbell.comparison.columns import LOSS, Column, cells, columns_of, gap_lines
 from bitbell.comparison.folder import SweepFolder, base_config
+from bitbell.comparison.kinds import kind_of
 from bitbell.comparison.pictures import Looks, draw_all, method_looks
 from bitbell.comparison.plan import known_trials
 from bitbell.comparison.results import rates_table
-from bitbell.comparison.rows import HEAD, Row, best_rows, cells, gap_lines, legend, make_rows, problems
+from bitbell.comparison.rows import Row, best_rows, legend, make_rows, problems
 from bitbell.comparison.sweep import Sweep
 from bitbell.comparison.words import lead
 from bitbell.reports.drawing import drawing_rules, inline, to_svg
@@ -30,6 +32,10 @@ RULES = (
     "one of the lowest mean validation loss over the tune seeds, from one grid for all, full precision included. Loss "
     "is the mean over all seeds at that rate, its spread the sample standard deviation; the tune seeds are among them. "
     "Lower is better. Entropy is that of the codes, at most the bit width."
+)
+OF_IMAGES = (
+    " Accuracy is the share of the validation images whose class is the likeliest, top-5 of those whose class is among "
+    "the five likeliest; it chooses nothing."
 )
 
 
@@ -50,19 +56,18 @@ def make_page(folder: SweepFolder, sweep: Sweep) -> str:
 
 
 def _results(folder: SweepFolder, sweep: Sweep, rows: Sequence[Row], looks: Looks) -> str:
-    best = best_rows(rows)
-    lines = [_line(cells(row), row in best, key_of(looks[row.setting.label])) for row in rows]
-    lines += [_line(cells, False, key_of(looks[cells[0]])) for cells in gap_lines(sweep)]
+    best, columns = best_rows(rows), columns_of(sweep, rows)
+    lines = [_line(cells(row, columns), row in best, key_of(looks[row.setting.label])) for row in rows]
+    lines += [_line(line, False, key_of(looks[line[0]])) for line in gap_lines(sweep, columns)]
     found = problems(sweep, folder.look, known_trials(sweep, folder.look))
     notes = "".join(f"<li>{escape(line)}</li>" for line in ([legend(rows)] if legend(rows) else []) + found)
-    table = table_card("Every method at every width", "runs", _head(), "\n".join(lines), RULES)
+    rules = RULES + OF_IMAGES * kind_of(sweep).is_of_images
+    table = table_card("Every method at every width", "runs", _head(columns), "\n".join(lines), rules)
     return f'{section_start("Results")}\n{table}<ul class="notes">{notes}</ul></section>'
 
 
-def _head() -> str:
-    titles = [
-        (f'{escape(title)}<span class="unit">{escape(unit)}</span>' if unit else escape(title)) for title, unit in HEAD
-    ]
+def _head(columns: Sequence[Column]) -> str:
+    titles = [escape(c.title) + (f'<span class="unit">{escape(c.unit)}</span>' if c.unit else "") for c in columns]
     return (
         "<tr>" + "".join(f'<th scope="col"{" class=text" * (i < 2)}>{t}</th>' for i, t in enumerate(titles)) + "</tr>"
     )
@@ -71,7 +76,7 @@ def _head() -> str:
 def _line(row: Sequence[str], is_best: bool, key: str) -> str:
     badge = f' <span class="badge">best {escape(row[1])}</span>' if is_best else ""
     rest = "".join(
-        f'<td class="{"text" if i == 1 else "loss" if i == 3 else ""}">{escape(cell)}</td>'
+        f'<td class="{"text" if i == 1 else "loss" if i == LOSS else ""}">{escape(cell)}</td>'
         for i, cell in enumerate(row)
         if i
     )

@@ -1,4 +1,4 @@
-"""Pictures of a sweep: loss curves, quality against bits, entropy against loss, and loss against learning rate.
+"""Pictures of a sweep: loss curves, loss and accuracy against bits, entropy against loss, loss against learning rate.
 
 A method has one look in every picture. A table row's runs, one a seed, are drawn as their mean.
 """
@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from bitbell.comparison.folder import SweepFolder
+from bitbell.comparison.kinds import Kind, kind_of
 from bitbell.comparison.plan import tune_loss
 from bitbell.comparison.rows import Row, bits_of
 from bitbell.comparison.sweep import Sweep
@@ -51,34 +52,67 @@ def method_looks(sweep: Sweep) -> Looks:
 
 def draw_all(folder: SweepFolder, sweep: Sweep, rows: Sequence[Row]) -> list[Picture]:
     """Every picture that the rows have numbers for."""
-    looks = method_looks(sweep)
+    looks, kind = method_looks(sweep), kind_of(sweep)
     widths = _widths(rows)
-    drawn = [draw_quality(rows, looks), draw_entropy_and_loss(rows, looks)]
+    drawn = [draw_accuracy(rows, looks)] if kind.is_of_images else []
+    drawn += [draw_quality(rows, looks, kind), draw_entropy_and_loss(rows, looks, kind)]
     drawn += [draw_rates(folder, sweep, bits, rows, looks) for bits in widths]
     drawn += [draw_curves(folder, bits, rows, looks) for bits in widths]
     return [picture for picture in drawn if picture is not None]
 
 
-def draw_quality(rows: Sequence[Row], looks: Looks) -> Picture | None:
+def draw_accuracy(rows: Sequence[Row], looks: Looks) -> Picture | None:
+    """Accuracy at each width, as `draw_quality` draws the loss."""
+    words = "accuracy", "Accuracy against bits", "Accuracy (%)", "Validation accuracy (%) by width"
+    return _draw_by_width(rows, looks, Quality("accuracy", *words, factor=100, decimals=2))
+
+
+def draw_quality(rows: Sequence[Row], looks: Looks, kind: Kind) -> Picture | None:
     """Loss at each width, with the spread of the seeds, and full precision as a line across."""
-    known = [row for row in rows if row.loss is not None]
+    words = "quality", "Quality against bits", kind.loss_axis, "Validation loss by width"
+    if kind.is_of_images:
+        words = "quality", "Loss against bits", *words[2:]
+    return _draw_by_width(rows, looks, Quality("loss", *words))
+
+
+@dataclass(frozen=True)
+class Quality:
+    """A number of the rows to be drawn against their widths, in units of 1 / `factor`."""
+
+    key: str
+    name: str
+    title: str
+    axis: str
+    alt: str
+    factor: float = 1
+    decimals: int = 3
+
+    def of(self, row: Row) -> float:
+        return self.factor * (row.numbers[self.key] or 0.0)
+
+    def deviation(self, row: Row) -> float:
+        return self.factor * (row.deviations[self.key] or 0.0)
+
+
+def _draw_by_width(rows: Sequence[Row], looks: Looks, quality: Quality) -> Picture | None:
+    known = [row for row in rows if row.numbers[quality.key] is not None]
     widths = sorted({row.setting.bits for row in known if row.setting.bits}, key=bits_of)
     if not widths:
         return None
     labels = list(dict.fromkeys(row.setting.label for row in known))
-    figure, axes = new_chart([row.label for row in known], "Width", "Validation loss (nats per token)", 260)
+    figure, axes = new_chart([row.label for row in known], "Width", quality.axis, 260)
     marks = []
     quantized = [label for label in labels if any(r.setting.label == label and r.setting.bits for r in known)]
     for row in known:
         if row.setting.bits is None:
-            _draw_level(axes, row, looks[row.setting.label])
-            marks.append(Label(row.label, len(widths) - 0.6, row.loss or 0.0, INK))
+            _draw_level(axes, row, looks[row.setting.label], quality)
+            marks.append(Label(row.label, len(widths) - 0.6, quality.of(row), INK))
     for place, label in enumerate(quantized):
         mine = sorted((r for r in known if r.setting.label == label), key=lambda r: widths.index(r.setting.bits or ""))
         shift = 0.04 * (place - (len(quantized) - 1) / 2) * min(1.0, 10 / len(quantized))
         x = [widths.index(row.setting.bits or "") + shift for row in mine]
-        _draw_points(axes, x, mine, looks[label])
-        marks.append(Label(label, x[-1], mine[-1].loss or 0.0, looks[label].colour))
+        _draw_points(axes, x, mine, looks[label], quality)
+        marks.append(Label(label, x[-1], quality.of(mine[-1]), looks[label].colour))
     axes.set_xticks(range(len(widths)), [bits.upper() for bits in widths])
     axes.set_xlim(-0.4, len(widths) - 0.6)
     label_at_right(axes, marks)
@@ -88,10 +122,11 @@ def draw_quality(rows: Sequence[Row], looks: Looks) -> Picture | None:
     )
     if any(row.setting.bits is None for row in known):
         caption += " The line across is full precision."
-    return Picture("quality", "Quality against bits", caption, _alt("Validation loss by width", known), figure)
+    alt = f"{quality.alt}: " + "; ".join(f"{row.name} {quality.of(row):.{quality.decimals}f}" for row in known) + "."
+    return Picture(quality.name, quality.title, caption, alt, figure)
 
 
-def draw_entropy_and_loss(rows: Sequence[Row], looks: Looks) -> Picture | None:
+def draw_entropy_and_loss(rows: Sequence[Row], looks: Looks, kind: Kind) -> Picture | None:
     """Each setting by the share of its weight bits that carry information, and its loss."""
     points = []
     for row in rows:
@@ -101,7 +136,7 @@ def draw_entropy_and_loss(rows: Sequence[Row], looks: Looks) -> Picture | None:
     if not points:
         return None
     title = "Weight entropy, as a share of the bit width"
-    figure, axes = new_chart([], title, "Validation loss (nats per token)", 260)
+    figure, axes = new_chart([], title, kind.loss_axis, 260)
     for x, y, row in points:
         look = looks[row.setting.label]
         axes.plot([x], [y], look.marker, color=look.colour, markersize=6, markeredgecolor=CARD, mew=0.6)
@@ -193,15 +228,14 @@ def _runs(folder: SweepFolder, row: Row) -> list[Run]:
     return [read_run(run) for run in finished if (run / "summary.json").exists()]
 
 
-def _draw_level(axes: Axes, row: Row, look: Look) -> None:
-    loss, deviation = row.loss or 0.0, row.deviation or 0.0
-    axes.axhline(loss, color=look.colour, linewidth=1, linestyle=look.dash)
-    axes.axhspan(loss - deviation, loss + deviation, color=look.colour, alpha=0.08, linewidth=0)
+def _draw_level(axes: Axes, row: Row, look: Look, quality: Quality) -> None:
+    level, deviation = quality.of(row), quality.deviation(row)
+    axes.axhline(level, color=look.colour, linewidth=1, linestyle=look.dash)
+    axes.axhspan(level - deviation, level + deviation, color=look.colour, alpha=0.08, linewidth=0)
 
 
-def _draw_points(axes: Axes, x: Sequence[float], rows: Sequence[Row], look: Look) -> None:
-    y = [row.loss or 0.0 for row in rows]
-    bars = [row.deviation or 0.0 for row in rows]
+def _draw_points(axes: Axes, x: Sequence[float], rows: Sequence[Row], look: Look, quality: Quality) -> None:
+    y, bars = [quality.of(row) for row in rows], [quality.deviation(row) for row in rows]
     axes.errorbar(x, y, bars, color=look.colour, linestyle="none", elinewidth=0.8, capsize=1.5, alpha=0.7)
     axes.plot(x, y, look.marker, color=look.colour, linestyle=look.dash, lw=1, ms=4.5, mec=CARD, mew=0.5)
 
@@ -219,7 +253,3 @@ def _widths(rows: Sequence[Row]) -> list[str | None]:
 
 def _width_name(bits: str | None) -> str:
     return bits.upper() if bits else "full precision"
-
-
-def _alt(what: str, rows: Sequence[Row]) -> str:
-    return f"{what}: " + "; ".join(f"{row.name} {row.loss:.3f}" for row in rows) + "."

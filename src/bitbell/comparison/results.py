@@ -8,21 +8,11 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from bitbell.comparison.columns import LOSS, cells, columns_of, gap_lines, text
 from bitbell.comparison.folder import SweepFolder
+from bitbell.comparison.kinds import kind_of
 from bitbell.comparison.plan import Look, choose, chosen_trials, known_trials, tune_loss
-from bitbell.comparison.rows import (
-    HEAD,
-    NUMBERS,
-    Row,
-    best_rows,
-    cells,
-    finite,
-    gap_lines,
-    legend,
-    make_rows,
-    problems,
-    text,
-)
+from bitbell.comparison.rows import Row, best_rows, finite, legend, make_rows, problems
 from bitbell.comparison.sweep import Sweep
 from bitbell.training.run import write_at_once
 
@@ -45,6 +35,7 @@ def records(sweep: Sweep, look: Look) -> list[dict[str, Any]]:
     """A flat object for each run that is decided on."""
     choices = [(setting, choose(sweep, setting, look)) for setting in sweep.settings]
     chosen = {trial for setting, choice in choices if choice for trial in chosen_trials(sweep, setting, choice)}
+    numbers = kind_of(sweep).numbers
     found = []
     for trial in known_trials(sweep, look):
         outcome = look(trial)
@@ -60,7 +51,7 @@ def records(sweep: Sweep, look: Look) -> list[dict[str, Any]]:
                 "is_chosen": trial in chosen,
                 "status": outcome.status,
                 "message": outcome.message,
-                **{key: finite(outcome.summary.get(key)) for key in NUMBERS},
+                **{key: finite(outcome.summary.get(key)) for key in numbers},
                 "seconds": outcome.seconds,
             }
         )
@@ -71,9 +62,10 @@ def markdown(sweep: Sweep, look: Look) -> str:
     """The table as Markdown, then the losses behind the choice of each rate, then what went wrong."""
     rows = make_rows(sweep, look)
     best = best_rows(rows)
-    lines = [_bold(cells(row), 3) if row in best else cells(row) for row in rows]
-    titles = [f"{title.lower()} ({unit})" if unit else title.lower() for title, unit in HEAD]
-    parts = [_table(titles, lines + gap_lines(sweep)), legend(rows)]
+    columns = columns_of(sweep, rows)
+    lines = [_bold(cells(row, columns), LOSS) if row in best else cells(row, columns) for row in rows]
+    titles = [f"{c.title.lower()} ({c.unit})" if c.unit else c.title.lower() for c in columns]
+    parts = [_table(titles, lines + gap_lines(sweep, columns)), legend(rows)]
     if len(sweep.learning_rates) > 1:
         parts.append("Mean loss over the tune seeds at each learning rate; the best one is bold:")
         parts.append(_table(*rates_table(sweep, rows, look)))

@@ -1,4 +1,4 @@
-"""The table: a row a setting, each at its own learning rate, and what its cells say."""
+"""The rows of the table: one a setting, each at its own learning rate."""
 
 from __future__ import annotations
 
@@ -8,25 +8,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from bitbell.comparison.kinds import kind_of
 from bitbell.comparison.plan import Choice, Look, choose, chosen_trials, tune_trials
 from bitbell.comparison.sweep import Setting, Sweep, Trial
 
-NUMBERS = (
-    *("loss", "perplexity", "bits_per_byte", "weight_entropy", "activation_entropy", "packed_bytes", "bytes"),
-    "seconds_per_step",
-)
-HEAD = (
-    *(("Method", ""), ("Bits", ""), ("Learning rate", ""), ("Validation loss", "nats/token"), ("Spread", "of seeds")),
-    *(("Seeds", ""), ("Perplexity", ""), ("Bits/byte", ""), ("Weight entropy", "bits")),
-    *(("Activation entropy", "bits"), ("Size", "MB"), ("Time per step", "s")),
-)
 MARKS = {
     "^": "the best rate is the highest of the grid: a wider grid may improve it",
     "v": "the best rate is the lowest of the grid: a wider grid may improve it",
     "?": "not all rates of the grid have been tried yet",
     "!": "a seed diverged; the mean is over the others, and the row is never best",
 }
-DASH = "-"
 
 
 @dataclass(frozen=True)
@@ -39,6 +30,8 @@ class Row:
     losses: tuple[float, ...]
     statuses: tuple[str, ...]
     numbers: dict[str, float | None]
+    deviations: dict[str, float | None]
+    """Sample standard deviations over the seeds; None for fewer than two."""
 
     @property
     def name(self) -> str:
@@ -57,7 +50,7 @@ class Row:
 
     @property
     def loss(self) -> float | None:
-        """Mean final validation loss in nats per token."""
+        """Mean final validation loss, nats."""
         return statistics.fmean(self.losses) if self.losses else None
 
     @property
@@ -99,13 +92,15 @@ def make_row(sweep: Sweep, setting: Setting, look: Look) -> Row:
     trials = chosen_trials(sweep, setting, choice) if choice else tune_trials(sweep, setting)
     outcomes = [look(trial) for trial in trials]
     finished = [outcome.summary for outcome in outcomes if outcome.status == "finished"] if choice else []
+    known = {key: _known([summary.get(key) for summary in finished]) for key in kind_of(sweep).numbers}
     return Row(
         setting,
         choice,
         tuple(trials),
         tuple(float(summary["loss"]) for summary in finished),
         tuple(outcome.status for outcome in outcomes),
-        {key: _mean([summary.get(key) for summary in finished]) for key in NUMBERS},
+        {key: statistics.fmean(values) if values else None for key, values in known.items()},
+        {key: statistics.stdev(values) if len(values) > 1 else None for key, values in known.items()},
     )
 
 
@@ -120,36 +115,10 @@ def best_rows(rows: Sequence[Row]) -> list[Row]:
     return found
 
 
-def cells(row: Row) -> list[str]:
-    """The row as text, one cell for each of HEAD."""
-    size = row.numbers["packed_bytes"] or row.numbers["bytes"]
-    rate = DASH if row.choice is None else f"{row.choice.learning_rate:g}{row.marks.replace('!', '')}"
-    return [
-        *(row.label, row.bits, rate),
-        text(row.loss, ".4f") + ("!" if "!" in row.marks else ""),
-        text(row.deviation, ".4f"),
-        _seeds(row),
-        text(None if row.loss is None else math.exp(min(row.loss, 700)), ".2f"),
-        text(row.numbers["bits_per_byte"], ".4f"),
-        text(row.numbers["weight_entropy"], ".3f"),
-        text(row.numbers["activation_entropy"], ".3f"),
-        text(None if size is None else size / 1e6, ".2f"),
-        text(row.numbers["seconds_per_step"], ".3g"),
-    ]
-
-
 def bits_of(width: str) -> tuple[int, int]:
     """Bits of weights and activations: (2, 4) for "w2a4"."""
     weights, _, activations = width[1:].partition("a")
     return int(weights), int(activations)
-
-
-def gap_lines(sweep: Sweep) -> list[list[str]]:
-    """The same for the widths that a method does not have, a line a method."""
-    widths: dict[str, list[str]] = {}
-    for gap in sweep.gaps:
-        widths.setdefault(gap.label, []).append(gap.bits.upper())
-    return [[label, ", ".join(bits), *[DASH] * (len(HEAD) - 2)] for label, bits in widths.items()]
 
 
 def legend(rows: Sequence[Row]) -> str:
@@ -165,26 +134,11 @@ def problems(sweep: Sweep, look: Look, trials: Sequence[Trial]) -> list[str]:
     return found + [f"{name} {o.status}: {o.message}" for name, o in outcomes if o.status in ("diverged", "failed")]
 
 
-def text(value: float | None, how: str) -> str:
-    """A number in a format; a dash for None."""
-    return DASH if value is None else format(value, how)
-
-
 def finite(value: Any) -> float | None:
     """The value if it is a finite number, else None."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     return value if is_number else None
 
 
-def _seeds(row: Row) -> str:
-    """ "3", "2 of 3" while some are missing, "2 of 3, 1 diverged"; only what went wrong while there is no rate."""
-    wrong = [f"{n} {word}" for word in ("diverged", "failed") if (n := row.statuses.count(word))]
-    if row.choice is None:
-        return ", ".join(wrong) or DASH
-    count, of = len(row.losses), len(row.trials)
-    return ", ".join([str(count) if count == of else f"{count} of {of}", *wrong])
-
-
-def _mean(values: Sequence[Any]) -> float | None:
-    known = [number for value in values if (number := finite(value)) is not None]
-    return statistics.fmean(known) if known else None
+def _known(values: Sequence[Any]) -> list[float]:
+    return [number for value in values if (number := finite(value)) is not None]

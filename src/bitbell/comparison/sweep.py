@@ -18,7 +18,7 @@ from bitbell.training.config import TrainConfig, read_values
 OWN_FIELDS = ("recipe", "rules", "seed", "learning_rate", "out", "stop_after")
 # What makes the runs of a sweep comparable: no single method may have another.
 WORK_FIELDS = (
-    *("data", "preset", "steps", "batch_size", "sequence_length", "accumulation"),
+    *("data", "preset", "steps", "batch_size", "sequence_length", "accumulation", "augment"),
     *("final_windows", "precision"),
 )
 TRAIN_DEFAULTS: dict[str, Any] = {"tensorboard": False, "keep_checkpoints": 1}
@@ -260,7 +260,7 @@ def _tune_seeds(value: Any, seeds: tuple[int, ...], source: str) -> int:
 def _train(value: Any, source: str) -> dict[str, Any]:
     fields = _fields(value, f"{source}: train", OWN_FIELDS, "the sweep sets it itself")
     if "data" not in fields:
-        raise ValueError(f"{source}: train needs data, a directory made by `bitbell tokenize`")
+        raise ValueError(f"{source}: train needs data, a directory made by `bitbell tokenize` or `bitbell images`")
     return fields
 
 

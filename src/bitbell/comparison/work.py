@@ -163,4 +163,6 @@ def line_of(folder: SweepFolder, sweep: Sweep, trial: Trial) -> str:
     outcome = folder.look(trial)
     done = sum(folder.look(other).is_done for other in known_trials(sweep, folder.look))
     what = f"loss {outcome.loss:.4f}" if outcome.status == "finished" else f"{outcome.status}: {outcome.message}"
+    if outcome.status == "finished" and "accuracy" in outcome.summary:
+        what += f"  accuracy {outcome.summary['accuracy']:.4f}"
     return f"[{done}/{count(sweep, folder.look)}] {trial.name}  {what}  {outcome.seconds or 0:.1f} s"

@@ -37,6 +37,12 @@ MOST_MARKS = 20
 MOST_RAW_CURVES = 6  # beyond this the faint raw curves hide more than they show
 
 
+def loss_unit(runs: Sequence[Run]) -> str:
+    """ "nats per token"; of runs on text and on images together, just "nats"."""
+    samples = {run.sample for run in runs}
+    return f"nats per {samples.pop()}" if len(samples) == 1 else "nats"
+
+
 def draw_loss(runs: Sequence[Run], looks: Looks) -> Picture | None:
     """Training loss, smoothed over faint raw values, and the validation points."""
     curves = {run.name: _points(run.train, "loss") for run in runs}
@@ -44,7 +50,7 @@ def draw_loss(runs: Sequence[Run], looks: Looks) -> Picture | None:
     shown = [run for run in runs if len(curves[run.name][0]) or len(points[run.name][0])]
     if not shown:
         return None
-    figure, axes = new_chart([run.name for run in shown], "Step", "Loss (nats per token)")
+    figure, axes = new_chart([run.name for run in shown], "Step", f"Loss ({loss_unit(shown)})")
     labels = []
     for run in shown:
         look = looks[run.name]
@@ -135,7 +141,7 @@ def draw_size(runs: Sequence[Run], looks: Looks) -> Picture | None:
     ]
     if not shown:
         return None
-    figure, axes = new_chart([], "Size of the whole model (MB, log scale)", "Validation loss (nats per token)")
+    figure, axes = new_chart([], "Size of the whole model (MB, log scale)", f"Validation loss ({loss_unit(shown)})")
     points = [((sizes[run.name] or 0) / 1e6, run.number("loss") or 0.0) for run in shown]
     for run, (x, y) in zip(shown, points, strict=True):
         look = looks[run.name]

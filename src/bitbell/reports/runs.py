@@ -23,11 +23,12 @@ Event = dict[str, Any]
 
 EXPECTED = "a run folder holds config.json and metrics.jsonl, and summary.json once the run is finished"
 NUMBERS = {
-    "train": ("loss", "learning_rate", "gradient_norm", "tokens_per_second", "seconds"),
-    "valid": ("loss", "perplexity", "bits_per_byte"),
+    "train": ("loss", "learning_rate", "gradient_norm", "tokens_per_second", "images_per_second", "seconds"),
+    "valid": ("loss", "perplexity", "bits_per_byte", "accuracy", "accuracy_top5"),
 }
 SUMMARY_NUMBERS = (
     *("weight_bits", "activation_bits", "steps", "loss", "perplexity", "bits_per_byte", "seconds_per_step"),
+    *("accuracy", "accuracy_top5"),
     *("weight_entropy", "activation_entropy", "parameters", "quantized_parameters", "bytes", "packed_bytes"),
 )
 RECIPE = re.compile(r"(?P<method>[A-Za-z][\w-]*?)-w(?P<weights>\d+)a(?P<activations>\d+)")
@@ -80,6 +81,16 @@ class Run:
     @property
     def is_quantized(self) -> bool:
         return self.method is not None
+
+    @property
+    def is_of_images(self) -> bool:
+        """Whether it trains an image classifier, not a language model."""
+        return "images" in self.config
+
+    @property
+    def sample(self) -> str:
+        """What its loss is a mean over."""
+        return "image" if self.is_of_images else "token"
 
     @property
     def steps(self) -> int | None:
@@ -259,7 +270,7 @@ def _match_recipe(recipe: Any) -> re.Match[str] | None:
 
 
 def _from_metrics(run: Run, key: str) -> float | None:
-    if key in ("loss", "perplexity", "bits_per_byte"):
+    if key in NUMBERS["valid"]:
         return run.valid[-1].get(key) if run.valid else None
     if key == "weight_entropy" and run.quantizers:
         found = [layer.get(key) for layer in run.quantizers[-1].get("layers", {}).values()]

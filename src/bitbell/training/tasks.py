@@ -63,14 +63,22 @@ class Task(ABC):
         return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten())
 
 
-def open_task(config: TrainConfig, world: World) -> Task:
-    """The task of the data that `config` names. Raises ValueError where data and preset do not fit each other."""
-    kind = Classification if is_image_set(config.data) else LanguageModelling
-    preset = find_preset(config.preset)
-    if isinstance(preset, ImagePreset) != (kind is Classification) and Path(config.data).exists():
-        wanted, there = ("images", "text") if isinstance(preset, ImagePreset) else ("text", "images")
+def open_data(config: TrainConfig) -> TokenDataset | ImageDataset:
+    """The data set that `config` names. Raises ValueError where data and preset do not fit each other, and
+    FileNotFoundError where there is none."""
+    is_for_images = isinstance(find_preset(config.preset), ImagePreset)
+    if is_image_set(config.data) != is_for_images and Path(config.data).exists():
+        wanted, there = ("images", "text") if is_for_images else ("text", "images")
         raise ValueError(f"preset={config.preset} is a model of {wanted}, and {config.data} is a data set of {there}")
-    return kind(config, world)
+    return ImageDataset.open(config.data) if is_for_images else TokenDataset.open(config.data)
+
+
+def open_task(config: TrainConfig, world: World) -> Task:
+    """The task of the data that `config` names. Raises as `open_data`."""
+    data = open_data(config)
+    if isinstance(data, ImageDataset):
+        return Classification(config, world, data)
+    return LanguageModelling(config, world, data)
 
 
 class LanguageModelling(Task):
@@ -78,9 +86,8 @@ class LanguageModelling(Task):
 
     unit = "tokens"
 
-    def __init__(self, config: TrainConfig, world: World) -> None:
-        self.config, self.world = config, world
-        self.dataset = TokenDataset.open(config.data)
+    def __init__(self, config: TrainConfig, world: World, dataset: TokenDataset) -> None:
+        self.config, self.world, self.dataset = config, world, dataset
         self.facts = {"vocab_size": self.dataset.vocab_size}
         self.units_per_sample = config.sequence_length
         self._batches = share_of_batches(self.dataset, config, world)
@@ -126,10 +133,9 @@ class Classification(Task):
     unit = "images"
     units_per_sample = 1
 
-    def __init__(self, config: TrainConfig, world: World) -> None:
+    def __init__(self, config: TrainConfig, world: World, dataset: ImageDataset) -> None:
         check_shares(config, world)
-        self.config, self.world = config, world
-        self.dataset = ImageDataset.open(config.data)
+        self.config, self.world, self.dataset = config, world, dataset
         shape = {"size": self.dataset.size, "channels": self.dataset.channels}
         self.facts = {"images": {"classes": list(self.dataset.classes), **shape}}
         self._share = config.batch_size // world.size
@@ -144,10 +150,11 @@ class Classification(Task):
 
     def measure(self, model: nn.Module, limit: int, precision: torch.dtype) -> Measured:
         score = score_of(self._sums(model, min(limit, self.dataset.num_images("valid")), precision))
-        numbers = {"loss": score.loss, "accuracy": score.accuracy, "accuracy_top5": score.accuracy_top5}
-        return Measured(
-            numbers, f"accuracy {score.accuracy:.4f}, among the first five {score.accuracy_top5:.4f}", score
-        )
+        numbers, words = {"loss": score.loss, "accuracy": score.accuracy}, f"accuracy {score.accuracy:.4f}"
+        if len(self.dataset.classes) > 5:  # among five of five every class is
+            numbers["accuracy_top5"] = score.accuracy_top5
+            words += f", among the first five {score.accuracy_top5:.4f}"
+        return Measured(numbers, words, score)
 
     def _sums(self, model: nn.Module, images: int, precision: torch.dtype) -> list[float]:
         """As many forward passes on every process: each batch is cut into shares, and what is over measured by all."""
