@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import re
 import tomllib
+import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -210,12 +212,16 @@ def _check(config: TrainConfig, name: str, holds: bool, allowed: str) -> None:
         raise ValueError(f"{name} must be {allowed}, got {name}={getattr(config, name)!r}")
 
 
+@functools.cache  # a millisecond, and a sweep reads hundreds of configurations after every run
+def _types() -> dict[str, Any]:
+    return typing.get_type_hints(TrainConfig)
+
+
 def check_fields(values: dict[str, Any], source: str) -> dict[str, Any]:
     """The same values, once every name is known and every type right; ints are taken where floats are meant."""
     import difflib
-    import typing
 
-    types = typing.get_type_hints(TrainConfig)
+    types = _types()
     checked = {}
     for name, value in values.items():
         if name not in types:
