@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from bitbell.export.onnx_graph import Watched
 from bitbell.kernels import native, rotate, triton
 from bitbell.packing import PackedLinear, VerificationError
-from bitbell.quantizers import Quantizer
+from bitbell.packing.conv2d import PackedConv2d
 
 LAYER_TOLERANCE = 1e-5  # of a layer's largest output; integer products are closer, products of floats need it
 BETWEEN_TOLERANCE = 1e-4  # of the largest: norms, attention, activations and the head, all in float32
@@ -45,20 +45,21 @@ class Comparison:
 
 
 @torch.no_grad()
-def compare(model: nn.Module, made: Any, watched: dict[str, Watched], tokens: Tensor | None = None) -> Comparison:
-    """Compare a packed (or full-precision) model with its graph `made` on token ids (B, T), by default random ones.
+def compare(model: nn.Module, made: Any, watched: dict[str, Watched], inputs: Tensor | None = None) -> Comparison:
+    """Compare a packed (or full-precision) model with its graph `made`, on token ids (B, T) or images (B, C, H, W), by
+    default random ones.
 
     Raises VerificationError, naming the layer.
     """
-    tokens = _random_tokens(model) if tokens is None else tokens
-    graph = run_graph(made, tokens, watched)
+    inputs = _random_inputs(model) if inputs is None else inputs
+    graph = run_graph(made, inputs, watched)
     pieces = [_Piece(name, model.get_submodule(name), at, graph) for name, at in watched.items()]
     with native.using(native.REFERENCE), triton.using("off"):
-        alone: Any = model(tokens).logits.float()
+        alone: Any = model(inputs).logits.float()
         try:
             for piece in pieces:
                 piece.watch()
-            forced = model(tokens).logits.float()
+            forced = model(inputs).logits.float()
         finally:
             for piece in pieces:
                 piece.leave()
@@ -73,7 +74,7 @@ def compare(model: nn.Module, made: Any, watched: dict[str, Watched], tokens: Te
         different=sum(piece.different for piece in pieces),
         layers=max((piece.output_difference for piece in pieces), default=0.0),
         between=between,
-        logits=_difference(alone, run_graph(made, tokens)["logits"]),
+        logits=_difference(alone, run_graph(made, inputs)["logits"]),
     )
 
 
@@ -97,36 +98,57 @@ class _Piece:
             hook.remove()
 
     def _before(self, layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor]:
+        self.x = _as(inputs[0], self.x)
         self.input_difference = _difference(inputs[0], self.x)
         return (self.x,)
 
     def _after(self, layer: Any, inputs: tuple[Any, ...], y: Tensor) -> Tensor:
         assert isinstance(layer, PackedLinear)
-        same = torch.ones(y.shape[:-1], dtype=torch.bool)
+        self.y = _as(y, self.y)
+        same = torch.ones_like(y, dtype=torch.bool)
         if self.found is not None:
-            assert layer.activation_quantizer is not None
-            low, expected, high = _codes_around(layer.activation_quantizer, self.x)
+            low, expected, high = _codes_around(layer, self.x)
+            self.found = self.found.view(expected.shape)
             if bool(((self.found < low) | (self.found > high)).any()):
                 raise VerificationError(f"{self.name}: onnxruntime gives other input codes, far from any threshold")
             self.different = int((self.found != expected).sum())
-            same = (self.found == expected).all(-1)
+            same &= _same_codes(layer, self.found == expected, self.x)
         self.output_difference = _difference(y[same], self.y[same])
         if not self.output_difference <= LAYER_TOLERANCE:
             raise VerificationError(f"{self.name}: onnxruntime's output differs by {self.output_difference:.1e}")
         return self.y
 
 
-def _codes_around(quantizer: Quantizer, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Unsigned codes of `x`, and the lowest and highest that float rounding of the rotated input could make of them."""
+def _as(ours: Tensor, x: Tensor) -> Tensor:
+    """A tensor of the graph, where images lie channels last and a classifier's head is fed (B, 1, I), in our shape."""
+    return x.permute(0, 3, 1, 2) if x.dim() == 4 else x.view(ours.shape)
+
+
+def _codes_around(layer: PackedLinear, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Unsigned codes of a layer's input, and the lowest and highest that rounding of the rotated input could make."""
+    quantizer = layer.activation_quantizer
+    assert quantizer is not None
     bare = copy.copy(quantizer).eval()
     bare.rotation = None
-    h = rotate(x.float(), quantizer.rotation)
-    nearly = ROUNDING * h.abs().amax(-1, keepdim=True)
+    x = layer.quantizer_input(x.float())
+    h = rotate(x, quantizer.rotation)
+    channels = h.view(-1, layer.rotated_width or layer.in_features)
+    nearly = (ROUNDING * channels.abs().amax(-1, keepdim=True)).expand_as(channels).reshape(h.shape)
     return bare.encode(h - nearly), quantizer.encode(x), bare.encode(h + nearly)
 
 
-def run_graph(made: Any, tokens: Tensor, watched: dict[str, Watched] | None = None) -> dict[str, Tensor]:
-    """Logits, and the watched tensors by name, of a graph for tokens (B, T); with an empty cache if it takes one."""
+def _same_codes(layer: PackedLinear, same: Tensor, x: Tensor) -> Tensor:
+    """Where outputs are sums of codes that are all the same, to be broadcast to the output."""
+    if not isinstance(layer, PackedConv2d):
+        return same.all(-1, keepdim=True)
+    pixels = same.view(len(x), *x.shape[2:], -1).all(-1, keepdim=True)
+    # What lies outside the image has no code that could differ, and is a zero in a patch.
+    return ~layer.geometry.patches(~pixels).any(-1).unsqueeze(1)
+
+
+def run_graph(made: Any, inputs: Tensor, watched: dict[str, Watched] | None = None) -> dict[str, Tensor]:
+    """Logits, and the watched tensors by name, of a graph for tokens (B, T) or images; with an empty cache if it takes
+    one."""
     import onnxruntime
     from onnx import ModelProto, TensorProto, helper
 
@@ -140,10 +162,11 @@ def run_graph(made: Any, tokens: Tensor, watched: dict[str, Watched] | None = No
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(asked.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    feeds = {"input_ids": tokens.numpy()}
-    for taken in session.get_inputs()[1:]:
+    first, *caches = session.get_inputs()
+    feeds = {first.name: inputs.numpy()}
+    for taken in caches:
         _, heads, _, size = taken.shape
-        feeds[taken.name] = torch.zeros(len(tokens), heads, 0, size).numpy()
+        feeds[taken.name] = torch.zeros(len(inputs), heads, 0, size).numpy()
     names = ["logits", *kinds]
     return {n: torch.from_numpy(v.copy()) for n, v in zip(names, session.run(names, feeds), strict=True)}
 
@@ -155,6 +178,9 @@ def _difference(expected: Tensor, got: Tensor) -> float:
     return float((expected.float() - got).abs().max() / expected.float().abs().max().clamp_min(1e-30))
 
 
-def _random_tokens(model: Any) -> Tensor:
-    length = min(64, model.config.max_position_embeddings)
-    return torch.randint(0, model.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
+def _random_inputs(model: Any) -> Tensor:
+    config, generator = model.config, torch.Generator().manual_seed(0)
+    if model.main_input_name == "pixel_values":
+        return torch.randn(2, config.num_channels, config.image_size, config.image_size, generator=generator)
+    length = min(64, config.max_position_embeddings)
+    return torch.randint(0, config.vocab_size, (2, length), generator=generator)

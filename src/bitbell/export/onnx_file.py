@@ -2,14 +2,17 @@
 
     bitbell.export.onnx(packed, "model.onnx")
 
-What is in the graph: onnx_layers.py (packed layers) and onnx_models.py (the architectures); docs/onnx.md for users.
+What is in the graph: onnx_inputs.py and onnx_layers.py (packed layers), onnx_language.py and onnx_images.py (the
+architectures); docs/onnx.md for users.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -35,10 +38,12 @@ class OnnxFile:
 def onnx(
     model: nn.Module, out: str | Path, *, cache: bool = False, check: bool = True, overwrite: bool = False
 ) -> OnnxFile:
-    """Write `model`, a LLaMA or GPT-2 of transformers (packed, trained or in full precision), as an ONNX file.
+    """Write `model`, a LLaMA, GPT-2, ResNet or ViT of transformers (packed, trained or in full precision), as an ONNX
+    file.
 
-    cache: take and give keys and values, for decoding token by token. check: run the file in onnxruntime on random
-    tokens and compare it with the model, layer by layer (onnx_check.py); not done above 2 GB.
+    cache: take and give keys and values, for decoding token by token (language models). check: run the file in
+    onnxruntime on random tokens or images and compare it with the model, layer by layer (onnx_check.py); not done above
+    2 GB.
     Raises ValueError (Refused) for what has no export, naming the layer and the reason, and for a file that is there
     already; ImportError without the packages of the extra `onnx`; VerificationError where the comparison fails, and
     then leaves no file.
@@ -51,7 +56,7 @@ def onnx(
     check_target(path, overwrite)
     inner = packed_on_cpu(model)
     graph = build_graph(inner, cache)
-    made = graph.model({"bitbell.recipes": ", ".join(sorted({m.recipe.name for _, m in quantized_layers(inner)}))})
+    made = graph.model(_metadata(inner))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_model(made, path)
     beside = path.with_name(f"{path.name}.data")
@@ -63,6 +68,14 @@ def onnx(
     except VerificationError:
         path.unlink()
         raise
+
+
+def _metadata(model: Any) -> dict[str, str]:
+    """Recipes, and of a classifier the names of classes 0, 1, 2 ... as a JSON list."""
+    metadata = {"bitbell.recipes": ", ".join(sorted({layer.recipe.name for _, layer in quantized_layers(model)}))}
+    if model.main_input_name == "pixel_values":
+        metadata["bitbell.labels"] = json.dumps(list(model.config.id2label.values()), ensure_ascii=False)
+    return metadata
 
 
 def _need(*packages: str) -> None:
