@@ -67,6 +67,9 @@ def make(name: str, recipe: str, compiled: bool, tokens: Tensor, precision: torc
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     model.train()
     kept = kept_bytes(model, tokens, precision)
+    torch._dynamo.config.recompile_limit = (
+        64  # the candidates share code objects; behind the limit some would run eager
+    )
     forward: nn.Module = torch.compile(model) if compiled else model  # type: ignore[assignment]
 
     def step() -> None:

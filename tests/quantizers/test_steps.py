@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from bitbell.quantizers.steps import (
     at_least,
+    look_up,
     mid_rise,
     nearest,
     round_through,
@@ -99,9 +100,26 @@ def test_nearest_finds_the_nearest_level_of_any_table(count: int, seed: int) -> 
     levels = torch.randn(count, dtype=torch.float64, generator=generator).sort().values
     ratio = 2 * torch.randn(4, 15, dtype=torch.float64, generator=generator)
     expected = (ratio.unsqueeze(-1) - levels).abs().argmin(-1)
-    assert torch.equal(nearest(ratio, levels), expected)
-    assert torch.equal(nearest(ratio.T, levels), expected.T)  # of a tensor that is not contiguous
+    assert torch.equal(nearest(ratio, levels)[0], expected)
+    assert torch.equal(nearest(ratio.T, levels)[0], expected.T)  # of a tensor that is not contiguous
+
+
+@pytest.mark.parametrize("count", [2, 5, 16, 40])
+def test_look_up_is_the_same_compiled(count: int) -> None:
+    """Comparisons instead of a search, and above sixteen entries the search."""
+    torch._dynamo.reset()
+    edges = torch.randn(count - 1, dtype=torch.float64).sort().values
+    x = torch.cat([3 * torch.randn(200, dtype=torch.float64), edges])  # an edge belongs to the segment below it
+    given = torch.randn(len(x), dtype=torch.float64)
+    results = []
+    for function in (look_up, torch.compile(look_up, fullgraph=True, backend="aot_eager")):
+        table = torch.arange(count, dtype=torch.float64).sin().requires_grad_()
+        index, entry = function(x, edges, table)
+        entry.backward(given)
+        results.append((index.long(), entry.detach(), table.grad))
+    assert torch.equal(results[0][0], (x.unsqueeze(-1) > edges).sum(-1))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-12, atol=1e-12)
 
 
 def test_nearest_takes_the_lower_level_on_a_tie() -> None:
-    assert nearest(torch.tensor([-0.5, 0.5, 2.0]), torch.tensor([-1.0, 0.0, 1.0, 3.0])).tolist() == [0, 1, 2]
+    assert nearest(torch.tensor([-0.5, 0.5, 2.0]), torch.tensor([-1.0, 0.0, 1.0, 3.0]))[0].tolist() == [0, 1, 2]

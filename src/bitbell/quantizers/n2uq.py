@@ -27,7 +27,7 @@ from bitbell.kernels import rotate
 from bitbell.kernels.quantize import Plan
 from bitbell.quantizers.base import Quantized, wide
 from bitbell.quantizers.formula import FormulaQuantizer
-from bitbell.quantizers.steps import round_through, size_of, straight_through
+from bitbell.quantizers.steps import look_up, round_through, size_of, straight_through
 
 NARROWEST = 1e-3  # of a segment, in units of D
 
@@ -98,8 +98,8 @@ class N2UQActivations(FormulaQuantizer):
         widths = torch.maximum(self.segments, NARROWEST * self.interval).to(h.dtype)
         u = h * self.input_scale.to(h.dtype)
         edges = self.start.to(h.dtype) + torch.cat([widths.new_zeros(1), widths.cumsum(0)])
-        k = torch.bucketize(u.detach().contiguous(), edges[1:-1].detach())
-        count = round_through(((u - edges[k]) / widths[k]).clamp(0, 1) + k)
+        k, edge, width = look_up(u, edges[1:-1], edges[:-1], widths)
+        count = round_through(((u - edge) / width).clamp(0, 1) + k)
         step = (self.scale * self.interval).to(h.dtype)
         codes = (count.detach() - 2 ** (self.bits - 1)).to(torch.int8)
         return Quantized((count - top / 2) * step, codes, step)

@@ -44,8 +44,8 @@ class NormalFloat(FormulaQuantizer):
     def formula(self, h: Tensor, size: Tensor) -> Quantized:
         assert self.table is not None
         levels = table_like(self.table, h)
-        code = nearest(h / size, levels)
-        values = straight_through(levels[code] * size, h)
+        code, level = nearest(h / size, levels)
+        values = straight_through(level * size, h)
         return Quantized(values, (code - 2 ** (self.bits - 1)).to(torch.int8), size)
 
 

@@ -44,6 +44,6 @@ class QuESTFP4(FormulaQuantizer):
     def formula(self, h: Tensor, size: Tensor) -> Quantized:
         step = OPTIMAL_STEP * size
         levels = table_like(E2M1, h)
-        code = nearest(h / step, levels)
-        values = straight_through(levels[code] * step, h, h.abs() <= TRUSTED * step)
+        code, level = nearest(h / step, levels)
+        values = straight_through(level * step, h, h.abs() <= TRUSTED * step)
         return Quantized(values, (code - 8).to(torch.int8), step)

@@ -24,6 +24,7 @@ from bitbell.quantizers.ranks import ALONE, Ranks, largest_over, mean_over
 SMALLEST_SIZE = 1e-8  # of a group of zeros, so that everything divided by it stays finite
 STATISTICS = ("rms", "absmax", "absmean")
 RUNNING_DECAY = 0.99  # of the running average of a statistic: BBQ-Fast's, and every method's with granularity "running"
+LONGEST_CHAIN = 16  # entries of a table that comparisons find faster than a search and a gather
 BELL_SCALE = (
     1.694  # of BBQ, in units of the RMS: published code's constant (the limit for many bits: 3 / sqrt(pi) = 1.6926)
 )
@@ -117,6 +118,23 @@ def mid_rise(ratio: Tensor, bits: int) -> Tensor:
     return (ratio.detach() - 0.5).round_().clamp_(-half, half - 1)
 
 
-def nearest(ratio: Tensor, levels: Tensor) -> Tensor:
-    """Index (int64) of the level nearest to each value of `ratio`; the lower one on a tie. `levels`: (L,), rising."""
-    return torch.bucketize(ratio.detach().contiguous(), (levels[1:] + levels[:-1]) / 2)
+def nearest(ratio: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+    """The level nearest to each value of `ratio`, the lower one on a tie: its index, and itself (no gradient).
+    `levels`: (L,), rising."""
+    index, level = look_up(ratio.detach(), (levels[1:] + levels[:-1]) / 2, levels)
+    return index, level
+
+
+def look_up(x: Tensor, edges: Tensor, *tables: Tensor) -> tuple[Tensor, ...]:
+    """Where each value of `x` lies between `edges` (K - 1, rising), on an edge below it: index 0 to K - 1, no gradient.
+    Then each table's (K,) entry there, with gradient to the table."""
+    if not torch.compiler.is_compiling() or len(edges) >= LONGEST_CHAIN:
+        index = torch.bucketize(x.detach().contiguous(), edges.detach())
+        return (index, *(table[index] for table in tables))
+    # Compilers make vector instructions of this, and none of a search and a gather.
+    index, found = torch.zeros_like(x, dtype=torch.int32), [table[0] for table in tables]
+    for i in range(len(edges)):
+        above = x.detach() > edges[i].detach()
+        index = index + above
+        found = [torch.where(above, table[i + 1], entry) for table, entry in zip(tables, found, strict=True)]
+    return (index, *found)
