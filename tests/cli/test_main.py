@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -176,3 +177,56 @@ def test_data_of_another_tokenizer_is_refused(
     assert main(["tokenize", str(small_text), "--out", str(other), "--tokenizer", "bpe:260"]) == 0
     assert main(["evaluate", str(run), "--data", str(other)]) == 1
     assert "was made with another tokenizer" in capsys.readouterr().err
+
+
+def test_inspect_overwrites_only_on_request(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "page.html"
+    page.write_text("mine")
+    assert main(["inspect", str(run), "--out", str(page)]) == 1
+    assert f"{page} exists already" in capsys.readouterr().err
+    assert page.read_text() == "mine"
+    assert main(["inspect", str(run), "--out", str(page), "--overwrite"]) == 0
+    assert "</html>" in page.read_text()
+
+
+@pytest.mark.parametrize(("words", "unbuffered"), [(["info"], ""), (["info"], "1"), (["--help"], "1")])
+def test_who_stops_reading_is_no_error(words: list[str], unbuffered: str) -> None:
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    line = [sys.executable, "-m", "bitbell", *words]
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()  # before the first word
+    assert process.stderr.read() == ""
+    assert process.wait() == 141
+
+
+@pytest.mark.parametrize(
+    ("package", "extra", "words"),
+    [
+        ("fastapi", "serve", ["serve", "RUN"]),
+        ("lm_eval", "eval", ["evaluate", "RUN", "--tasks", "piqa"]),
+        ("onnx", "onnx", ["export", "onnx", "RUN", "--out", "OUT"]),
+        ("gguf", "gguf", ["export", "gguf", "RUN", "--out", "OUT"]),
+        ("datasets", "data", ["tokenize", "hf:name", "--out", "OUT"]),
+        ("sklearn.datasets", "vision", ["images", "digits", "--size", "8", "--out", "OUT"]),
+        ("PIL", "vision", ["images", "PICTURES", "--size", "8", "--out", "OUT"]),
+    ],
+)
+def test_a_missing_extra_is_named(
+    run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    package: str,
+    extra: str,
+    words: list[str],
+) -> None:
+    for name in ("a", "b"):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        (tmp_path / "pictures" / name / "1.png").write_bytes(b"x")
+    places = {"RUN": str(run), "OUT": str(tmp_path / "out"), "PICTURES": str(tmp_path / "pictures")}
+    monkeypatch.setitem(sys.modules, package, None)  # which Python takes for a package that is not there
+    monkeypatch.delitem(sys.modules, "bitbell.serving.server", raising=False)  # imported with it before, maybe
+    assert main([places.get(word, word) for word in words]) == 1
+    assert f"pip install 'bitbell[{extra}]'" in capsys.readouterr().err

@@ -247,8 +247,10 @@ def generate(
     """
     from bitbell.serving import generate as run
     from bitbell.serving import load_tokenizer_of
+    from bitbell.serving.generate import check_makes_text
 
     loaded, _ = open_model(model, device)
+    check_makes_text(loaded)
     result = run(
         loaded,
         load_tokenizer_of(model),

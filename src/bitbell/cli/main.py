@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import select
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -18,6 +19,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "images": ("images:images", "labelled images -> an image set"),
     "train": ("commands:train", "a data set -> a run: train, or continue, a model"),
     "evaluate": ("commands:evaluate", "loss, perplexity, bits per byte and code entropy of a run or a packed model"),
+    "classify": ("classify:classify", "the classes that a packed classifier or a run gives to pictures"),
     "pack": ("commands:pack", "a run -> a packed model in its true bits"),
     "export": ("export:export", "a packed model -> a file for another runtime (ONNX, GGUF)"),
     "verify": ("commands:verify", "prove that a run and its packed model compute the same"),
@@ -33,8 +35,20 @@ VERBS: dict[str, tuple[str, str]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `bitbell VERB ...`; return the exit status (1: it failed, 2: wrong usage, 130: interrupted)."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    """Run `bitbell VERB ...`; return the exit status.
+
+    1: it failed, 2: wrong usage, 130: interrupted, 141: whoever read the output has gone (as with SIGPIPE).
+    """
+    try:
+        try:
+            return _dispatch(list(sys.argv[1:] if arguments is None else arguments))
+        finally:  # also on argparse's way out, SystemExit
+            sys.stdout.flush()
+    except BrokenPipeError as error:
+        return _without_reader(error)
+
+
+def _dispatch(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())
         return 0
@@ -81,6 +95,8 @@ def _run(verb: str, arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print("bitbell: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError, RuntimeError, AssertionError, ImportError) as error:
         if not _is_for_the_user(error) or os.environ.get("BITBELL_DEBUG"):
             raise
@@ -91,8 +107,24 @@ def _run(verb: str, arguments: list[str]) -> int:
     return int(status or 0)
 
 
+def _without_reader(error: BrokenPipeError) -> int:
+    """The status where nobody reads our output any more (`bitbell ... | head -1`); what is left of it is dropped.
+
+    Another pipe that broke, such as one between processes, is an error like any other.
+    """
+    stdout = select.poll()
+    stdout.register(sys.stdout)
+    if not any(event & select.POLLERR for _, event in stdout.poll(0)):
+        print(f"bitbell: {error}", file=sys.stderr)
+        return 1
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 141
+
+
 def _is_for_the_user(error: Exception) -> bool:
     """Whether the message alone says what to do. BITBELL_DEBUG=1 shows every traceback."""
     if isinstance(error, (ValueError, OSError)):
         return True
+    if isinstance(error, ImportError):  # of ours, which names the extra to install; Python's own name a module
+        return error.name is None
     return type(error).__name__ in ("TrainingDiverged", "VerificationError", "RankFailed")

@@ -54,14 +54,16 @@ def serve(
     from bitbell.cli.commands import NATIVE_STEP, open_model
     from bitbell.serving import engine_for, load_tokenizer_of
     from bitbell.serving.asking import Asker, chat_template_of
-    from bitbell.serving.generate import check_vocabulary
+    from bitbell.serving.generate import check_makes_text, check_vocabulary
     from bitbell.serving.native_llama import inner_model
     from bitbell.serving.scheduler import Scheduler
 
     if grace < 0:
         raise ValueError(f"grace must be 0 or more, got {grace}")
     limits = Limits(body_bytes=max_body, timeout=timeout)
-    tokenizer, (loaded, _) = load_tokenizer_of(model), open_model(model, device)
+    loaded, _ = open_model(model, device)
+    check_makes_text(loaded)
+    tokenizer = load_tokenizer_of(model)
     check_vocabulary(inner_model(loaded).config, tokenizer)
     engine = engine_for(loaded, slots=slots, native_step=NATIVE_STEP[native], head_bits=head_bits, threads=threads)
     metrics = Metrics()

@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from bitbell.export.onnx_graph import Watched
 from bitbell.kernels import native, rotate, triton
 from bitbell.packing import PackedLinear, VerificationError
 from bitbell.packing.conv2d import PackedConv2d
+
+if TYPE_CHECKING:  # it needs the package onnx, whose absence `onnx` is to tell
+    from bitbell.export.onnx_graph import Watched
 
 LAYER_TOLERANCE = 1e-5  # of a layer's largest output; integer products are closer, products of floats need it
 BETWEEN_TOLERANCE = 1e-4  # of the largest: norms, attention, activations and the head, all in float32

@@ -59,6 +59,7 @@ def generate(
     of range, for more tokens than the model has positions, and for a vocabulary smaller than the tokenizer's.
     """
     _check_sampling(max_new_tokens, temperature, top_k, top_p)
+    check_makes_text(model)
     ids = tokenizer.encode(prompt)
     if not ids:
         raise ValueError("the prompt is empty; give at least one character")
@@ -142,6 +143,15 @@ def _check_room(config: Any, tokenizer: TextTokenizer, num_ids: int, max_new_tok
             f"{positions} positions"
         )
     check_vocabulary(config, tokenizer)
+
+
+def check_makes_text(model: nn.Module) -> None:
+    """Raise ValueError for a model of transformers that makes no text, such as a classifier of images."""
+    inner = inner_model(model)
+    if hasattr(inner, "can_generate") and not inner.can_generate():
+        raise ValueError(
+            f"the model is a {type(inner).__name__}, which makes no text; bitbell evaluate measures a classifier"
+        )
 
 
 def check_vocabulary(config: Any, tokenizer: TextTokenizer) -> None:
