@@ -9,15 +9,17 @@ SANITIZED := build/sanitized
 SANITIZERS = LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 ARM_CXX := aarch64-linux-gnu-g++
 ARM_RUN := qemu-aarch64
+DOCS := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")
 SITE := import sysconfig; print(sysconfig.get_path("purelib"))
 
-.PHONY: help demo test test-slow lint sanitize check-arm clean
+.PHONY: help demo test test-slow lint docs sanitize check-arm clean
 
 help:
 	@echo "make demo       train a 2-bit language model next to full precision, QuEST and LSQ (about 10 minutes on 2 cores)"
 	@echo "make test       run the test suite"
 	@echo "make test-slow  run the slow checks"
 	@echo "make lint       ruff and mypy"
+	@echo "make docs       the documentation as a site, in site/; any warning is an error"
 	@echo "make sanitize   the tests of the C++ kernels under AddressSanitizer and UBSan (needs g++)"
 	@echo "make check-arm  the C++ kernels on 64-bit ARM, emulated, against plain loops and this machine's results"
 
@@ -42,6 +44,12 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The site's builder announces other products on every run: NO_MKDOCS_2_WARNING.
+docs: $(VENV)/installed
+	$(BIN)/python -c '$(DOCS)' > $(VENV)/docs.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r $(VENV)/docs.txt
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 sanitize: $(VENV)/installed
 	$(BIN)/python -m venv $(SANITIZED)
