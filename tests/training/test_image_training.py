@@ -114,6 +114,9 @@ def test_another_image_set_is_refused_on_resume(make: Make, tmp_path: Path) -> N
     with pytest.raises(ValueError, match="holds a run of another configuration"):
         train(TrainConfig(**(make().to_dict() | {"data": str(other.path)})))
     kept = json.loads((tmp_path / "run" / "config.json").read_text())
+    mean, std = (kept["images"].pop(name) for name in ("mean", "std"))
+    assert 0 < mean[0] < 1
+    assert 0 < std[0] < 1
     assert kept["images"] == {"classes": list("0123456789"), "size": 8, "channels": 1}
 
 

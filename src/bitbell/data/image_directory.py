@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bitbell.data.directory import DESCRIPTION, SPLITS, Kind, read_as
+from bitbell.data.image_input import ImageInput
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 FORMAT = "bitbell-images"
 VERSION = 1
-LARGEST_SIZE = 2048
 _AGAIN = "Make it again with `bitbell images ... --overwrite`, or copy it again."
 
 
@@ -38,14 +38,11 @@ class ImageSplit:
 
 @dataclass(frozen=True)
 class ImageDescription:
-    """The content of dataset.json. mean, std: of each channel of the training split, in 0 .. 1. skipped: names of what
-    could not be read, with the reason; made_from: the record of the source and settings."""
+    """The content of dataset.json. input: what was made of every image, with the statistics of the training split.
+    skipped: names of what could not be read, with the reason; made_from: the record of the source and settings."""
 
     classes: tuple[str, ...]
-    size: int
-    channels: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    input: ImageInput
     splits: dict[str, ImageSplit]
     skipped: tuple[tuple[str, str], ...]
     made_from: dict[str, Any]
@@ -66,17 +63,12 @@ def read_image_description(folder: Path) -> ImageDescription:
 
 
 def _parse(fields: dict[str, Any]) -> ImageDescription:
-    classes, size, channels = tuple(map(str, fields["classes"])), fields["size"], fields["channels"]
+    classes = tuple(map(str, fields["classes"]))
     if not 2 <= len(classes) < 2**16:
         raise ValueError(f"classes must be 2 to {2**16 - 1}, got {len(classes)}")
-    if type(size) is not int or not 1 <= size <= LARGEST_SIZE or channels not in (1, 3):
-        raise ValueError(f"size must be 1 to {LARGEST_SIZE} and channels 1 or 3, got {size!r} and {channels!r}")
-    mean, std = (tuple(float(v) for v in fields[name]) for name in ("mean", "std"))
-    if len(mean) != channels or len(std) != channels or not all(s > 0 for s in std):
-        raise ValueError(f"mean and std must have {channels} numbers, and those of std be positive")
     splits = {name: _parse_split(fields["splits"][name]) for name in SPLITS}
     skipped = tuple((str(name), str(reason)) for name, reason in fields["skipped"])
-    return ImageDescription(classes, size, channels, mean, std, splits, skipped, dict(fields["made_from"]))
+    return ImageDescription(classes, ImageInput.from_dict(fields), splits, skipped, dict(fields["made_from"]))
 
 
 def _parse_split(fields: dict[str, Any]) -> ImageSplit:
@@ -91,7 +83,7 @@ class ImageDataset:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.description = read_image_description(path)
-        shape = (self.size, self.size, self.description.channels)
+        shape = (self.size, self.size, self.channels)
         self._pixels, self._labels = {}, {}
         for name, split in self.description.splits.items():
             self._pixels[name] = _map(path / f"{name}.pixels", np.dtype(np.uint8), (split.images, *shape))
@@ -115,11 +107,16 @@ class ImageDataset:
     @property
     def size(self) -> int:
         """Pixels of a side; images are square."""
-        return self.description.size
+        return self.input.size
 
     @property
     def channels(self) -> int:
-        return self.description.channels
+        return self.input.channels
+
+    @property
+    def input(self) -> ImageInput:
+        """How an image of it becomes a model's input."""
+        return self.description.input
 
     def num_images(self, split: str = "train") -> int:
         """How many images a split has."""
@@ -134,9 +131,7 @@ class ImageDataset:
         labels = np.asarray(self._labels[split][places]).astype(np.int64)
         if labels.size and int(labels.max()) >= len(self.classes):
             raise ValueError(f"{self.path}: split {split!r} holds label {labels.max()}, of {len(self.classes)} classes")
-        x = torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2).float().div_(255)
-        mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (self.description.mean, self.description.std))
-        return x.sub_(mean).div_(std).contiguous(), torch.from_numpy(labels)
+        return self.input.normalise(pixels), torch.from_numpy(labels)
 
     def verify(self) -> None:
         """Read everything. Raises ValueError if a checksum or a label is not right."""

@@ -13,7 +13,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from bitbell.data.directory import DESCRIPTION, SPLITS, OutputFolder
-from bitbell.data.image_directory import FORMAT, LARGEST_SIZE, VERSION, ImageDataset
+from bitbell.data.image_directory import FORMAT, VERSION, ImageDataset
+from bitbell.data.image_input import LARGEST_SIZE
 from bitbell.data.image_sources import ImageSource, LabelledImage, find_images, to_pixels
 
 _OURS = {DESCRIPTION, *(f"{split}.{kind}" for split in SPLITS for kind in ("pixels", "labels"))}

@@ -94,7 +94,7 @@ def _folder(root: Path) -> ImageSource:
 
     def images() -> Iterator[LabelledImage]:
         for split, label, file in files:
-            yield LabelledImage(file.relative_to(root).as_posix(), label, split, partial(_open_file, file))
+            yield LabelledImage(file.relative_to(root).as_posix(), label, split, partial(open_picture, file))
 
     return ImageSource(str(root), classes, len(files), images)
 
@@ -114,7 +114,8 @@ def _files_of_class(folder: Path) -> list[Path]:
     return images
 
 
-def _open_file(file: Path) -> Any:
+def open_picture(file: Path) -> Any:
+    """A Pillow image, decoded. Raises what Pillow raises for a file that is none, or broken, or a bomb."""
     image = _pillow().open(file)
     image.load()  # opening reads the header only
     return image
@@ -229,9 +230,11 @@ def to_pixels(image: Any, size: int, channels: int) -> np.ndarray:
 
 
 def _on_white(image: Any) -> Any:
+    if image.mode == "F":
+        raise ValueError("its pixels are floats, whose white is not known; save it with 8 or 16 bits")
     if image.mode.startswith("I"):  # 16 bits a pixel, which a conversion would cut off at 255
         wide = np.asarray(image).astype(np.float64)
-        top = 65535 if wide.max(initial=0) > 255 else 255
+        top = 65535 if image.mode != "I" or wide.max(initial=0) > 255 else 255  # "I" has 32 bits for either
         return _pillow().fromarray(np.clip(np.rint(wide * (255 / top)), 0, 255).astype(np.uint8))
     if "A" not in image.getbands() and "transparency" not in image.info:
         return image

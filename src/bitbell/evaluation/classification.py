@@ -1,4 +1,4 @@
-"""Loss and accuracy of an image classifier."""
+"""Loss and accuracy of an image classifier, and what it says of single pictures."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bitbell.data.image_input import ImageInput
 from bitbell.evaluation.codes import LayerCodes, layer_codes
 from bitbell.evaluation.loss import autocast, device_of, evaluation_mode, logits_of
 
@@ -123,3 +124,50 @@ def check_classes(model: nn.Module, dataset: ImageDataset) -> None:
         raise ValueError(f"the data has {len(dataset.classes)} classes, the model {classes}")
     if channels not in (None, dataset.channels):
         raise ValueError(f"the data's images have {dataset.channels} channels, the model takes {channels}")
+
+
+# Single pictures -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Guess:
+    """A class that the model gives an image, and how probable it finds it (0 .. 1)."""
+
+    label: str
+    index: int
+    probability: float
+
+
+@torch.no_grad()
+def classify(model: nn.Module, images: Tensor, top: int = 5) -> list[list[Guess]]:
+    """The `top` likeliest classes (all, where there are fewer) of each of `images` (N, channels, H, W) float32, the
+    likeliest first. The images are inputs as `image_input_of(model).read(picture)` makes them. Raises ValueError for
+    top < 1, and for a model that is no classifier."""
+    if top < 1:
+        raise ValueError(f"top must be at least 1, got top={top}")
+    labels = _inner_classifier(model).config.id2label
+    with evaluation_mode(model):
+        probabilities = logits_of(model, images.to(device_of(model))).float().softmax(-1)
+    found = probabilities.topk(min(top, probabilities.shape[-1]))
+    rows = zip(found.indices.tolist(), found.values.tolist(), strict=True)
+    return [[Guess(labels[i], i, p) for i, p in zip(*row, strict=True)] for row in rows]
+
+
+def image_input_of(model: nn.Module) -> ImageInput:
+    """How pictures become inputs of a classifier, as its training left it in the configuration. Raises ValueError for
+    another model, and for one whose configuration does not say it, or wrongly."""
+    fields = getattr(_inner_classifier(model).config, "image_input", None)
+    if fields is None:
+        raise ValueError("the model does not say how its images were prepared (it was made by an older bitbell)")
+    try:
+        return ImageInput.from_dict(fields)
+    except ValueError as error:
+        raise ValueError(f"image_input of the model's configuration is wrong: {error}") from None
+
+
+def _inner_classifier(model: nn.Module) -> Any:
+    """The `transformers` model, in a packed one too. Raises ValueError where it does not classify images."""
+    inner = model if hasattr(type(model), "config_class") else getattr(model, "model", model)
+    if not type(inner).__name__.endswith("ForImageClassification"):
+        raise ValueError(f"the model is no image classifier but a {type(inner).__name__}")
+    return inner

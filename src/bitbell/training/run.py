@@ -124,8 +124,10 @@ def data_fingerprint(data: Path) -> str:
 def build_run_model(config: TrainConfig, facts: Mapping[str, Any]) -> nn.Module:
     """The model of a configuration, quantized but not yet calibrated or trained.
 
-    facts: of the data: "vocab_size" of text; "images", with their classes, size and channels.
+    facts: of the data: "vocab_size" of text; "images", with their classes and how they become inputs. A classifier's
+    own configuration gets the latter as `image_input`, so that it goes where the model goes.
     """
+    from bitbell.data.image_input import ImageInput
     from bitbell.layers import as_recipe, quantize
     from bitbell.models import build_model
 
@@ -134,7 +136,9 @@ def build_run_model(config: TrainConfig, facts: Mapping[str, Any]) -> nn.Module:
         shape: dict[str, Any] = {"labels": of["classes"], "image_size": of["size"], "channels": of["channels"]}
     else:
         shape = {"vocab_size": facts["vocab_size"], "sequence_length": config.sequence_length}
-    model = build_model(config.preset, **shape, seed=config.seed)
+    model: Any = build_model(config.preset, **shape, seed=config.seed)
+    if "mean" in facts.get("images", {}):  # which runs of older versions do not say
+        model.config.image_input = ImageInput.from_dict(facts["images"]).to_dict()
     rules = config.rules or as_recipe(config.recipe)
     if rules is None:
         return model

@@ -136,8 +136,7 @@ class Classification(Task):
     def __init__(self, config: TrainConfig, world: World, dataset: ImageDataset) -> None:
         check_shares(config, world)
         self.config, self.world, self.dataset = config, world, dataset
-        shape = {"size": self.dataset.size, "channels": self.dataset.channels}
-        self.facts = {"images": {"classes": list(self.dataset.classes), **shape}}
+        self.facts = {"images": {"classes": list(self.dataset.classes), **self.dataset.input.to_dict()}}
         self._share = config.batch_size // world.size
         options: dict[str, Any] = {"batch_size": self._share, "augment": config.augment, "seed": config.seed}
         self._batches = ImageBatches(self.dataset, **options, rank=world.rank, world_size=world.size)
