@@ -186,5 +186,5 @@ def test_the_command_refuses_a_rotated_model_and_options_of_onnx(
     assert main(["export", "gguf", str(directory), "--out", str(tmp_path / "model.gguf")]) == 1
     assert "llama.cpp has no operator that quantizes inputs as bbq does" in capsys.readouterr().err
     assert main(["export", "gguf", str(directory), "--out", str(tmp_path / "model.gguf"), "--cache"]) == 1
-    assert "--cache and --no-check are for onnx" in capsys.readouterr().err
+    assert "--cache is for onnx, not for gguf" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

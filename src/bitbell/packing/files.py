@@ -56,7 +56,7 @@ def save(
         _write(packed, partial, tokenizer)
         if card is not None:
             (partial / CARD).write_text(card, encoding="utf-8")
-        _put_in_place(partial, target)
+        put_in_place(partial, target)
     except Exception as error:  # safetensors has errors of its own beside OSError
         raise OSError(f"could not write the packed model to {target}: {error}") from error
     finally:  # also when interrupted
@@ -78,7 +78,7 @@ def _write(packed: PackedModel, folder: Path, tokenizer: str | Path | None) -> N
             shutil.copyfile(source, folder / name)
 
 
-def _put_in_place(partial: Path, target: Path) -> None:
+def put_in_place(partial: Path, target: Path) -> None:
     """Rename `partial` to `target`; what is there is removed only once the new one has taken its place."""
     if not target.exists():
         os.replace(partial, target)
