@@ -132,10 +132,13 @@ def test_a_classifier_gives_the_same_logits(preset: str, rules: Any, tmp_path: P
 
 
 def test_the_file_names_the_classes_and_takes_its_bits(tmp_path: Path) -> None:
-    written = onnx(packed_model("resnet-micro", "bbq-vision-w2a2", channels=3), tmp_path / "packed.onnx")
+    model, image_input = packed_model("resnet-micro", "bbq-vision-w2a2", channels=3), {"size": 16, "mean": [0.5] * 3}
+    model.config.image_input = image_input
+    written = onnx(model, tmp_path / "packed.onnx")
     plain = onnx(packed_model("resnet-micro", None, channels=3), tmp_path / "plain.onnx")
     metadata = onnxruntime.InferenceSession(tmp_path / "packed.onnx").get_modelmeta().custom_metadata_map
     assert json.loads(metadata["bitbell.labels"]) == LABELS
+    assert json.loads(metadata["bitbell.image_input"]) == image_input
     assert metadata["bitbell.recipes"] == "bbq-vision-w2a2"
     assert written.size < plain.size / 3.5
 

@@ -71,10 +71,12 @@ def onnx(
 
 
 def _metadata(model: Any) -> dict[str, str]:
-    """Recipes, and of a classifier the names of classes 0, 1, 2 ... as a JSON list."""
+    """Recipes; of a classifier, as JSON, the names of classes 0, 1, 2 ..., and how pictures become its inputs."""
     metadata = {"bitbell.recipes": ", ".join(sorted({layer.recipe.name for _, layer in quantized_layers(model)}))}
     if model.main_input_name == "pixel_values":
         metadata["bitbell.labels"] = json.dumps(list(model.config.id2label.values()), ensure_ascii=False)
+        if (image_input := getattr(model.config, "image_input", None)) is not None:  # which training says
+            metadata["bitbell.image_input"] = json.dumps(image_input)
     return metadata
 
 
