@@ -9,6 +9,7 @@
 // lanes, and multiplications and additions are never fused. Only products with float inputs (`floats`) may round
 // differently.
 #pragma once
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 
@@ -64,6 +65,27 @@ struct Codes {
   int64_t rows = 0;
 };
 
+// A statistic of `count` numbers, from what Kernels::gather found: the largest magnitude, or the sum of its parts.
+inline float size_of(Statistic statistic, double gathered, int64_t count) {
+  if (statistic == Statistic::absmax) return static_cast<float>(gathered);
+  const float mean = static_cast<float>(gathered / static_cast<double>(count));
+  return statistic == Statistic::rms ? std::sqrt(mean) : mean;
+}
+
+// Outputs [row, row + count) of m inputs, from accumulators. Then residual is added, unless it is null, and with `clip` negative
+// numbers become 0 (NaN stays).
+struct OutputRows {
+  const Weights* const* weights = nullptr;  // (m)
+  const int32_t* acc = nullptr;             // (m), from row to row acc_stride
+  int64_t acc_stride = 0, row = 0, count = 0, m = 0;
+  float step = 0;
+  const int32_t* sums = nullptr;            // (m)
+  const float* residual = nullptr;
+  bool clip = false;
+  float* y = nullptr;                       // (m), from row to row, like residual, y_stride
+  int64_t y_stride = 0;
+};
+
 // Types of tensors that a training step takes.
 constexpr int kFloat32 = 0, kBfloat16 = 1, kInt8 = 2;
 constexpr int64_t size_of_type(int type) { return type == kFloat32 ? 4 : type == kBfloat16 ? 2 : 1; }
@@ -100,6 +122,28 @@ struct TrainingKernels {
   void (*outputs)(const ProductRow& row, const int32_t* acc, int32_t x_sum, float x_step, float* scratch, void* y);
 };
 
+// Products of 1- and 2-bit codes by look-up, for instruction sets that look 64 bytes up at a time. Three input codes are the
+// address of a table of 64 sums, one for every three weight codes. A panel of weights holds 64 bytes a triple: byte 4 q + j
+// has three codes of row 16 j + q, the first in the lowest bits. Two panels may take turns.
+constexpr int64_t kTripleStep = 4;   // triples of a run are padded to multiples of this with weight codes 0
+constexpr int64_t kTripleBlock = 256;  // triples of one call at most: their sums fit 16 bits
+constexpr int64_t kTripleBias = 18;  // that every table's sums have, so that none is negative
+constexpr uint16_t kZeroTriple = 42 * 64;  // three centred codes 0
+constexpr int64_t triples_of(int64_t codes) { return (codes + 2) / 3; }
+
+struct Run {
+  int64_t x = 0, triples = 0;  // where it begins in the inputs, from the window's first; a multiple of kTripleStep
+};
+
+struct LookupKernels {
+  // Table addresses (triples_of(count)) of `count` centred codes; 64 bytes from every code on may be read.
+  void (*triples)(const int8_t* codes, int64_t count, uint16_t* out);
+  // acc[m][64 * panels] = first, or += where `add`, the sums (and kTripleBias a triple) of the runs of m windows that begin at
+  // x[m]. Beyond a run 4 addresses more may be read.
+  void (*product)(const uint8_t* w, int panels, const Run* runs, int64_t count, const uint16_t* const* x, int64_t m, int32_t first, bool add,
+                  int32_t* acc);
+};
+
 // One instruction set's functions. `panel` points to one panel of weights; k is padded_k(k) throughout.
 struct Kernels {
   const char* name;
@@ -116,6 +160,10 @@ struct Kernels {
   void (*floats)(const uint8_t* panel, int bits, int64_t k, const float* x, int64_t stride, int64_t m, const float* levels, float* acc);
   // y[n] = outputs of the first `count` accumulators of a panel, for one input row; `row` is the panel's first row.
   void (*finish)(const Weights& w, const InputPlan& plan, const int32_t* acc, int64_t row, int64_t count, float step, int32_t sum, float* y);
+  // The same for many input rows and one step; each has weights of its own, which differ in `k` and `sums`.
+  void (*finish_rows)(const OutputRows& rows, const InputPlan& plan);
+  // What a statistic of rotated numbers is computed from (`size_of`): their largest magnitude, or a sum. h: zero beyond k.
+  float (*gather)(Statistic statistic, const float* h, int64_t k);
   // Floats of a transformer: all of n elements, deterministic.
   void (*rotate)(const float* x, float* y, int64_t n, int64_t block);
   void (*rms_norm)(const float* x, const float* weight, float epsilon, float* y, int64_t n);
@@ -127,6 +175,7 @@ struct Kernels {
   // y[0 .. count) = rows [first, first + count) of a dense (rows, k) matrix times x; type: 0 float32, 1 bfloat16, 2 float16.
   void (*dense)(const void* matrix, int type, int64_t first, int64_t count, int64_t k, const float* x, float* y);
   const TrainingKernels* training;
+  const LookupKernels* lookups = nullptr;  // of instruction sets that have them
 };
 
 constexpr int64_t kMatrixScratch = 64 * 1024;

@@ -113,6 +113,6 @@ void matrix(const uint8_t* panel, int bits, int64_t k, const int8_t* x, int64_t 
 #define BITBELL_TABLE_NAME "amx"
 #endif
 extern const Kernels BITBELL_TABLE;
-const Kernels BITBELL_TABLE = {BITBELL_TABLE_NAME, quantize, prepare,    vector,     matrix,  floats, finish, rotate,
+const Kernels BITBELL_TABLE = {BITBELL_TABLE_NAME, quantize, prepare,    vector,     matrix,  floats, finish, finish_rows, gather, rotate,
                                rms_norm, sum, dot,      add_scaled, silu_times, softmax, dense, &kTraining};
 }  // namespace bitbell

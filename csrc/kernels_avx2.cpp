@@ -2,6 +2,6 @@
 
 namespace bitbell {
 extern const Kernels kAvx2;
-const Kernels kAvx2 = {"avx2",   quantize, prepare,    vector,     matrix,  floats, finish, rotate,
+const Kernels kAvx2 = {"avx2",   quantize, prepare,    vector,     matrix,  floats, finish, finish_rows, gather, rotate,
                        rms_norm, sum, dot,      add_scaled, silu_times, softmax, dense, &kTraining};
 }  // namespace bitbell

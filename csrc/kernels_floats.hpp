@@ -147,9 +147,9 @@ void rotate(const float* x, float* y, int64_t n, int64_t block) {
 
 // ------------------------------------------------------------------------------------------------ quantization
 
-float measure(Statistic statistic, const float* h, int64_t k) {
+float gather(Statistic statistic, const float* h, int64_t k) {
   F16 s[4] = {};
-  const int64_t padded = padded_k(k);  // h is zero beyond k
+  const int64_t padded = padded_k(k);
   for (int64_t i = 0; i < padded; i += 64)
 #pragma GCC unroll 4
     for (int j = 0; j < 4; j++) {
@@ -158,14 +158,8 @@ float measure(Statistic statistic, const float* h, int64_t k) {
       else if (statistic == Statistic::absmean) s[j] += magnitude(v);
       else s[j] = larger(magnitude(v), s[j]);
     }
-  float size = 0;
-  if (statistic == Statistic::absmax) {
-    size = largest_of(larger(larger(s[0], s[1]), larger(s[2], s[3])));
-  } else {
-    size = sum_of((s[0] + s[1]) + (s[2] + s[3])) / static_cast<float>(k);
-    if (statistic == Statistic::rms) size = std::sqrt(size);
-  }
-  return size;
+  if (statistic == Statistic::absmax) return largest_of(larger(larger(s[0], s[1]), larger(s[2], s[3])));
+  return sum_of((s[0] + s[1]) + (s[2] + s[3]));
 }
 
 // Zero, or NaN if h holds NaN or infinity.
@@ -290,7 +284,7 @@ void quantize(const InputPlan& plan, const float* x, int64_t k, int8_t* codes, f
   const int64_t padded = padded_k(k);
   rotate(x, h, k, plan.rotation);
   for (int64_t i = k; i < padded; i++) h[i] = 0;
-  float size = plan.statistic == Statistic::none ? 0 : measure(plan.statistic, h, k);
+  float size = plan.statistic == Statistic::none ? 0 : size_of(plan.statistic, gather(plan.statistic, h, k), k);
   if (size < plan.smallest) size = plan.smallest;
   const float divisor = size * plan.divisor + plan.divisor_plus;
   *step = size * plan.step_factor + plan.step_plus + trace_of_nan(h, padded);
@@ -331,6 +325,48 @@ void finish(const Weights& w, const InputPlan& plan, const int32_t* acc, int64_t
   }
   if (w.bias)
     for (int64_t i = 0; i < count; i++) y[i] += w.bias[row + i];
+}
+
+// Whether four times every sum is an integer that int32 holds on the way: zero points are halves, and rows not too long.
+bool fits_quarters(const Weights& w, int64_t k, const InputPlan& plan) {
+  const double zx = plan.zero_point, zw = w.zero_point, x = 1 << (plan.bits - 1), codes = 1 << w.bits;
+  const bool halves = 2 * zx == std::floor(2 * zx) && 2 * zw == std::floor(2 * zw);
+  return halves && 4 * static_cast<double>(k) * (x + std::fabs(zx)) * (codes + std::fabs(zw)) < INT32_MAX;
+}
+
+// One row's outputs as `finish` has them, without offsets, for multiples of 16.
+INLINE void finish_quarters(const Weights& w, const int32_t* acc, int64_t row, int64_t count, int32_t plus, int32_t zero, float step,
+                            const float* residual, bool clip, float* y) {
+  for (int64_t i = 0; i < count; i += 16) {
+    const I16 total = load_lanes(acc + i) * 4 + (plus - zero * load_lanes(w.sums + row + i));
+    F16 v = convert<float>(total) * load(w.scale + row + i) * step;  // a quarter of the step: exact, wherever it is put
+    if (w.bias) v += load(w.bias + row + i);
+    if (residual) v += load(residual + i);
+    store(y + i, clip ? select(v < all(0), all(0), v) : v);
+  }
+}
+
+void finish_rows(const OutputRows& rows, const InputPlan& plan) {
+  int64_t most = 0;
+  for (int64_t i = 0; i < rows.m; i++) most = rows.weights[i]->k > most ? rows.weights[i]->k : most;
+  const Weights& any = *rows.weights[0];
+  const bool quarters = rows.count % 16 == 0 && plan.offset == 0 && !any.offset && fits_quarters(any, most, plan);
+  const int32_t both = static_cast<int32_t>(4 * plan.zero_point * any.zero_point), zero_w = static_cast<int32_t>(4 * any.zero_point),
+                zero_x = static_cast<int32_t>(4 * plan.zero_point);
+  for (int64_t i = 0; i < rows.m; i++) {
+    const Weights& w = *rows.weights[i];
+    const int32_t* acc = rows.acc + i * rows.acc_stride;
+    const float* residual = rows.residual ? rows.residual + i * rows.y_stride : nullptr;
+    float* y = rows.y + i * rows.y_stride;
+    if (quarters) {
+      const int32_t plus = static_cast<int32_t>(w.k) * both - zero_w * rows.sums[i];
+      finish_quarters(w, acc, rows.row, rows.count, plus, zero_x, rows.step * 0.25f, residual, rows.clip, y);
+      continue;
+    }
+    finish(w, plan, acc, rows.row, rows.count, rows.step, rows.sums[i], y);
+    for (int64_t j = 0; residual && j < rows.count; j++) y[j] += residual[j];
+    for (int64_t j = 0; rows.clip && j < rows.count; j++) y[j] = y[j] < 0 ? 0 : y[j];
+  }
 }
 
 // ---------------------------------------------------------------------------------------------- products of floats

@@ -113,7 +113,7 @@ void floats(const uint8_t* panel, int bits, int64_t k, const float* x, int64_t s
 }  // namespace
 
 extern const Kernels kPortable;
-const Kernels kPortable = {"portable", quantize, prepare, vector, matrix, floats, finish, rotate,
+const Kernels kPortable = {"portable", quantize, prepare, vector, matrix, floats, finish, finish_rows, gather, rotate,
                            rms_norm, sum, dot,      add_scaled, silu_times, softmax, dense, &kTraining};
 
 }  // namespace bitbell

@@ -14,7 +14,7 @@ namespace bitbell {
 
 extern const Kernels kPortable;
 #if defined(BITBELL_X86_LEVELS)
-extern const Kernels kAvx2, kAvxVnni, kAvx512, kAmx, kAmxEmulated;
+extern const Kernels kAvx2, kAvxVnni, kAvx512, kAvx512Vbmi, kAmx, kAmxEmulated;
 #endif
 
 namespace {
@@ -61,6 +61,12 @@ std::string missing_avx512() {
   return has ? "" : "the CPU has no AVX-512 (F, BW, DQ, VL) with VNNI";
 }
 
+std::string missing_vbmi() {
+  const std::string why = missing_avx512();
+  if (!why.empty()) return why;
+  return bit(cpuid(7, 0).c, 1) ? "" : "the CPU has no AVX-512 VBMI";
+}
+
 std::string missing_amx() {
   const std::string why = missing_avx512();
   if (!why.empty()) return why;
@@ -85,6 +91,7 @@ std::vector<Level> find_levels() {
   found.push_back(level(kAvxVnni, missing_avx_vnni()));
   found.push_back(level(kAmxEmulated, missing_avx512()));
   found.push_back(level(kAvx512, missing_avx512()));
+  found.push_back(level(kAvx512Vbmi, missing_vbmi()));
   found.push_back(level(kAmx, missing_amx()));
 #endif
   return found;

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "pool.hpp"
+#include "scratch.hpp"
 
 namespace bitbell {
 namespace {
@@ -20,14 +21,6 @@ constexpr int64_t kRowBlock = 256;  // input rows at a time: their codes stay in
 
 constexpr int64_t kFloatRowBlock = 128;  // the same of floats
 
-// Memory of one purpose (tag) and thread, kept from call to call; 64-byte aligned.
-template <class Tag, class T>
-T* scratch_of(int64_t count) {
-  thread_local std::vector<char> bytes;
-  const size_t wanted = static_cast<size_t>(count) * sizeof(T) + 64;
-  if (bytes.size() < wanted) bytes.resize(wanted);
-  return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(bytes.data()) + 63) / 64 * 64);
-}
 struct Accumulators {};
 struct FloatSums {};
 struct Unpacked {};
@@ -177,8 +170,7 @@ inline void put_three(uint8_t* panel, int64_t r, int64_t k, unsigned code) {
 }  // namespace
 
 void arrange(const uint32_t* words, int64_t rows, int64_t k, int bits, uint8_t* out, int32_t* sums, int threads) {
-  const int64_t words_of_row = (k * bits + 31) / 32, bytes = panel_bytes(k, bits);
-  const unsigned mask = (1u << bits) - 1;
+  const int64_t words_of_row = packed_words(k, bits), bytes = panel_bytes(k, bits);
   parallel_for(threads, panels_of(rows), 1, [&](int64_t begin, int64_t end, int) {
     advise_large_pages(out + begin * bytes, out + end * bytes);
     for (int64_t p = begin; p < end; p++) {
@@ -188,10 +180,7 @@ void arrange(const uint32_t* words, int64_t rows, int64_t k, int bits, uint8_t* 
         const uint32_t* stream = words + (p * kPanelRows + r) * words_of_row;
         int32_t sum = 0;
         for (int64_t i = 0; i < k; i++) {
-          const int64_t bit = i * bits, word = bit / 32;
-          uint64_t pair = stream[word];
-          if (bit % 32 + bits > 32) pair |= static_cast<uint64_t>(stream[word + 1]) << 32;
-          const unsigned code = static_cast<unsigned>(pair >> (bit % 32)) & mask;
+          const unsigned code = packed_code(stream, i, bits);
           sum += static_cast<int32_t>(code);
           if (bits == 3) put_three(panel, r, i, code);
           else put_plain(panel, kernel_bits(bits), r, i, code);

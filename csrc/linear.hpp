@@ -21,6 +21,15 @@ void quantized_linear(const Kernels& kernels, const Weights& w, const InputPlan&
 void linear_floats(const Kernels& kernels, const Weights& w, const float* x, int64_t x_stride, int64_t m, float* y, int64_t y_stride,
                    int threads);
 
+// Words of a row of k packed codes, and its code i.
+constexpr int64_t packed_words(int64_t k, int bits) { return (k * bits + 31) / 32; }
+inline unsigned packed_code(const uint32_t* row, int64_t i, int bits) {
+  const int64_t bit = i * bits, word = bit / 32;
+  uint64_t pair = row[word];
+  if (bit % 32 + bits > 32) pair |= static_cast<uint64_t>(row[word + 1]) << 32;
+  return static_cast<unsigned>(pair >> (bit % 32)) & ((1u << bits) - 1);
+}
+
 // Rearrange the packed file format (rows, packed words) to panels; sums: (rows) int32, of the unsigned codes.
 void arrange(const uint32_t* words, int64_t rows, int64_t k, int bits, uint8_t* out, int32_t* sums, int threads);
 

@@ -10,6 +10,7 @@
 #include <tuple>
 
 #include "bindings.hpp"
+#include "convolution_binding.hpp"
 #include "levels.hpp"
 #include "linear.hpp"
 #include "llama_binding.hpp"
@@ -106,6 +107,7 @@ NB_MODULE(_native, m) {
   nb::class_<Layer>(m, "Layer")
       .def(nb::init<nb::dict, nb::object>(), nb::arg("weights"), nb::arg("plan").none())
       .def("forward", &Layer::forward);
+  bind_convolution(m);
   bind_llama(m);
   bind_training(m);
 }

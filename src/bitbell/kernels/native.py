@@ -1,8 +1,8 @@
 """The C++ kernels: which there are, which is in use, and calls that take tensors.
 
 BITBELL_KERNELS chooses: "auto" (the fastest that the machine runs), "reference" (none: plain PyTorch everywhere), or a
-level by name: "portable", "avx2", "avxvnni", "avx512", "amx" ("amx-emulated" only tests). Every level computes the
-same codes and the same integer sums. Threads: `set_threads`, by default as many as torch's own (OMP_NUM_THREADS).
+level by name: "portable", "avx2", "avxvnni", "avx512", "avx512vbmi", "amx" ("amx-emulated" only tests). Every level
+computes the same codes and integer sums. Threads: `set_threads`, by default as many as torch's own (OMP_NUM_THREADS).
 """
 
 from __future__ import annotations
@@ -273,18 +273,12 @@ class NativeLayer:
         self.outputs, self.inputs, self.bits = words.shape[0], columns, bits
         self.plan, self.rotation = plan, rotation
         self.arranged, self.sums = arrange(words, bits, columns)
-        self.scale = self._of_outputs("scale", scale)
-        self.offset = None if offset is None else self._of_outputs("offset", offset)
-        self.bias = None if bias is None else self._of_outputs("bias", bias)
+        self.scale = of_outputs("scale", scale, self.outputs)
+        self.offset = None if offset is None else of_outputs("offset", offset, self.outputs)
+        self.bias = None if bias is None else of_outputs("bias", bias, self.outputs)
         self.table = None if table is None else torch.tensor(table, **FLOATS)
         self.zero_point = zero_point + 2 ** (bits - 1)
         self.layer = _loaded().Layer(self.fields(), None if plan is None else plan.fields())
-
-    def _of_outputs(self, name: str, x: Tensor) -> Tensor:
-        """A number for each output, float32 (outputs,); one for all is repeated."""
-        if x.numel() not in (1, self.outputs) or x.device.type != "cpu":
-            raise ValueError(f"{name} must have {self.outputs} numbers, got {x.numel()} on {x.device}")
-        return x.reshape(-1).float().expand(self.outputs).contiguous()
 
     def fields(self) -> dict[str, Any]:
         """The weights as the extension takes them."""
@@ -305,6 +299,13 @@ class NativeLayer:
         if rows:
             self.layer.forward(level(), flat.data_ptr(), rows, y.data_ptr(), threads())
         return y if x.dtype == torch.float32 else y.to(x.dtype)
+
+
+def of_outputs(name: str, x: Tensor, outputs: int) -> Tensor:
+    """A number for each output, float32 (outputs,); one for all is repeated."""
+    if x.numel() not in (1, outputs) or x.device.type != "cpu":
+        raise ValueError(f"{name} must have {outputs} numbers, got {x.numel()} on {x.device}")
+    return x.reshape(-1).float().expand(outputs).contiguous()
 
 
 def aligned_bytes(count: int) -> Tensor:

@@ -1,21 +1,21 @@
-"""PackedConv2d: what a trained convolution becomes. Windows of codes are copied, then multiplied as in linear layers.
+"""PackedConv2d: what a trained convolution becomes, in integers as a linear layer.
 
     levels_x * levels_w = codes_x * codes_w - z_w sum(codes_x) - z_x sum(codes_w) + count z_x z_w
 
 over the part of a window that lies inside the image: outside it the code is 0, which adds nothing to the first two
-sums, and the last two are taken over the inside alone, so they differ from place to place near the border. Inputs are
-quantized before windows are copied; the C++ kernels do it, and multiply, where they have a way to.
+sums, and the last two are taken over the inside alone, so they differ from place to place near the border. The C++
+kernels do all of it in one call, where the method has a plan for them; the definition here copies windows of codes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bitbell.kernels import integer_product, native, no_autocast, rotate
+from bitbell.kernels.native_convolution import NativeConvolution
 from bitbell.layers import Geometry, Recipe
 from bitbell.layers.convolution import as_images, channels_last, convolve, with_offsets
 from bitbell.layers.product import grid_of, levels_of
@@ -23,7 +23,6 @@ from bitbell.packing.layers import EXACT_IN_FLOAT32, PackedLinear, values_of
 from bitbell.packing.plans import input_plan
 
 COPIED_BYTES = 2**24  # of windows at a time, but for a single image's
-Product = Callable[[Tensor, int], Tensor]
 
 
 class PackedConv2d(PackedLinear):
@@ -52,7 +51,7 @@ class PackedConv2d(PackedLinear):
         else:
             a = self.quantize_input(image.flatten(1))
             with torch.no_grad(), no_autocast(x.device):
-                y = self.multiply(a.codes.view(image.shape), a.step, a.offset, self._integer_product)
+                y = self._multiply_images(a.codes.view(image.shape), a.step, a.offset)
             if a.values.requires_grad:
                 z = convolve(a.values.float().view(image.shape), values_of(*weight), self.geometry)
                 y = y + (z - z.detach())  # the integers' value, the gradient of floats
@@ -62,17 +61,11 @@ class PackedConv2d(PackedLinear):
         """`y` (N, rows, columns, O) as the output for the layer's input `x`."""
         return as_images(y if self.bias is None else y + self.bias, x).to(x.dtype)
 
-    def _integer_product(self, patches: Tensor, group: int) -> Tensor:
-        return integer_product(patches, self._weights()[0].chunk(self.geometry.groups)[group])
-
-    def multiply(self, x_codes: Tensor, x_step: Tensor, x_offset: Tensor | None, product: Product) -> Tensor:
-        """Codes (N, H, W, I) int8 times the weight's: (N, rows, columns, O) float32.
-
-        product: patches (M, columns) int8 and a group -> their int32 products with the filters of the group.
-        """
+    def _multiply_images(self, x_codes: Tensor, x_step: Tensor, x_offset: Tensor | None) -> Tensor:
+        """Codes (N, H, W, I) int8 times the weight's: (N, rows, columns, O) float32."""
         assert self.activation_quantizer is not None
         if self.activation_quantizer.table is None and self.weight_grid[1] is None:
-            y = self._level_sums(x_codes, product)
+            y = self._level_sums(x_codes)
         else:
             y = convolve(*self._levels(x_codes), self.geometry)
         y = y * self.weight_scale.reshape(-1) * x_step.float().view(-1, 1, 1, 1)
@@ -86,7 +79,7 @@ class PackedConv2d(PackedLinear):
         w_levels = levels_of(self._weights()[0], self.weight_grid, torch.float32)
         return levels_of(x_codes, grid_of(self.activation_quantizer), torch.float32), w_levels
 
-    def _level_sums(self, x_codes: Tensor, product: Product) -> Tensor:
+    def _level_sums(self, x_codes: Tensor) -> Tensor:
         """Sums of products of levels, float32; exact, but for the last rounding of wide sums."""
         assert self.activation_quantizer is not None
         z_x, z_w = self.activation_quantizer.zero_point, self.weight_zero_point
@@ -98,17 +91,17 @@ class PackedConv2d(PackedLinear):
         parts = []
         for images in x_codes.split(at_once) if len(x_codes) else [x_codes]:
             groups = range(self.geometry.groups)
-            parts.append(torch.cat([self._sums_of_group(images, group, z_w, dtype, product) for group in groups], -1))
+            parts.append(torch.cat([self._sums_of_group(images, group, z_w, dtype) for group in groups], -1))
         sums = torch.cat(parts)
         if z_x:
             w_sums, count = self._sums_inside(x_codes)
             sums = sums - z_x * w_sums.to(dtype) + z_x * z_w * count.to(dtype)
         return sums.float()
 
-    def _sums_of_group(self, images: Tensor, group: int, z_w: float, dtype: torch.dtype, product: Product) -> Tensor:
+    def _sums_of_group(self, images: Tensor, group: int, z_w: float, dtype: torch.dtype) -> Tensor:
         """Products of codes less z_w times the sums of the input's: (N, rows, columns, O / groups)."""
         patches = self.geometry.patches(images, group)
-        total = product(patches.flatten(0, 2), group)
+        total = integer_product(patches.flatten(0, 2), self._weights()[0].chunk(self.geometry.groups)[group])
         total = total.view(*patches.shape[:3], self.out_features // self.geometry.groups).to(dtype)
         return total - z_w * patches.sum(-1, keepdim=True, dtype=torch.int32) if z_w else total
 
@@ -133,30 +126,24 @@ class PackedConv2d(PackedLinear):
 
 
 class _NativeConvolution:
-    """The layer's inputs quantized, and its products multiplied, in C++."""
+    """The layer in C++, for images as the layer is given them."""
 
     def __init__(self, layer: PackedConv2d, plan: native.InputPlan) -> None:
-        self.layer, self.plan = layer, plan
-        words = layer.weight_packed.chunk(layer.geometry.groups)
-        self.arranged = [native.arrange(part, layer.recipe.weights, layer.in_features)[0] for part in words]
+        geometry = layer.geometry
+        window: dict[str, Any] = {
+            "channels": geometry.in_channels,
+            "outputs": geometry.out_channels,
+            "groups": geometry.groups,
+        }
+        window |= {"kernel": geometry.kernel, "stride": geometry.stride, "dilation": geometry.dilation}
+        codes = layer.weight_packed, layer.recipe.weights, window | {"padding": geometry.zeros}, layer.weight_scale
+        options: dict[str, Any] = {"plan": plan, "offset": layer.weight_offset, "bias": layer.bias}
+        self.geometry, self.convolution = geometry, NativeConvolution(*codes, layer.weight_zero_point, **options)
 
     def __call__(self, x: Tensor) -> Tensor:
-        layer = self.layer
-        image = channels_last(x.detach().float(), layer.geometry).contiguous()
-        # Without a statistic every pixel is a row of its own, and all rows have the same step.
-        rows = image.flatten(0, 2) if self.plan.statistic == "none" else image.flatten(1)
-        codes, step = native.quantize(self.plan, rows)
-        step = step[:1] if self.plan.statistic == "none" else step
-        offset = None if self.plan.offset == 0 else step.new_tensor([self.plan.offset])
-        with no_autocast(x.device):
-            y = layer.multiply(codes.reshape(image.shape), step, offset, self._product)
-        return layer.finish(y, x)
-
-    def _product(self, patches: Tensor, group: int) -> Tensor:
-        layer, bits = self.layer, self.layer.recipe.weights
-        outputs = layer.out_features // layer.geometry.groups
-        unsigned = native.product(patches, self.arranged[group], bits, outputs, self.plan.bits)
-        return unsigned - 2 ** (bits - 1) * patches.sum(-1, keepdim=True, dtype=torch.int32)
+        image = channels_last(x.detach().float(), self.geometry)
+        self.geometry.output_size(*image.shape[1:3])
+        return as_images(self.convolution(image), x).to(x.dtype)
 
 
 def packed_kind(module: nn.Module) -> type[PackedLinear]:

@@ -1,0 +1,83 @@
+// Convolutions of packed codes. Arguments are checked by bitbell.kernels.native, which is the only caller.
+#include "convolution_binding.hpp"
+
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "bindings.hpp"
+#include "convolution.hpp"
+#include "levels.hpp"
+
+namespace nb = nanobind;
+using namespace bitbell;
+
+namespace {
+
+Window window_from(nb::dict from) {
+  Window w;
+  w.channels = entry<int64_t>(from, "channels");
+  w.outputs = entry<int64_t>(from, "outputs");
+  w.groups = entry<int64_t>(from, "groups");
+  const auto pair = [&](const char* key, int64_t& first, int64_t& second) {
+    const auto both = entry<std::vector<int64_t>>(from, key);
+    if (both.size() != 2) throw std::invalid_argument(std::string(key) + " must have two numbers");
+    first = both[0], second = both[1];
+  };
+  pair("kernel", w.kernel_h, w.kernel_w);
+  pair("stride", w.stride_h, w.stride_w);
+  pair("dilation", w.dilation_h, w.dilation_w);
+  const auto padding = entry<std::vector<int64_t>>(from, "padding");
+  if (padding.size() != 4) throw std::invalid_argument("padding must have four numbers");
+  w.left = padding[0], w.right = padding[1], w.top = padding[2], w.bottom = padding[3];
+  for (const int64_t number : padding) require_entry(number >= 0, "padding", number, "0 or more");
+  for (const int64_t number : {w.kernel_h, w.kernel_w, w.stride_h, w.stride_w, w.dilation_h, w.dilation_w})
+    require_entry(number >= 1, "kernel, stride or dilation", number, "1 or more");
+  require_entry(w.groups >= 1 && w.channels % w.groups == 0 && w.outputs % w.groups == 0, "groups", w.groups, "a divisor of both channels");
+  return w;
+}
+
+// A layer that keeps its descriptions. words: (outputs, packed words) uint32, read on construction only.
+class NativeConvolution {
+ public:
+  NativeConvolution(nb::dict window, nb::dict plan, nb::list groups, nb::list lookups, Address tap_sums) {
+    layer_.window = window_from(window);
+    layer_.plan = plan_from(plan);
+    for (nb::handle group : groups) layer_.groups.push_back(weights_from(nb::cast<nb::dict>(group)));
+    for (nb::handle address : lookups) layer_.lookups.push_back(at<uint8_t>(nb::cast<Address>(address)));
+    layer_.tap_sums = at<int32_t>(tap_sums);
+    const size_t count = static_cast<size_t>(layer_.window.groups);
+    if (layer_.groups.size() != count || (!layer_.lookups.empty() && layer_.lookups.size() != count))
+      throw std::invalid_argument("there must be weights, or weights and look-ups, of each group");
+  }
+
+  // x (images, height, width, channels) float32 -> y; residual: of the shape of y, or 0.
+  void forward(const std::string& level, Address x, int64_t images, int64_t height, int64_t width, Address residual, bool clip, Address y,
+               int threads) const {
+    const Kernels& kernels = kernels_of(level);
+    nb::gil_scoped_release release;
+    convolution(kernels, layer_, at<float>(x), images, height, width, at<float>(residual), clip, at<float>(y), threads);
+  }
+
+ private:
+  Convolution layer_;
+};
+
+}  // namespace
+
+void bind_convolution(nb::module_& m) {
+  m.def("has_lookups", [](const std::string& level) { return kernels_of(level).lookups != nullptr; });
+  m.def("triples_bytes", [](nb::dict window) { return triples_bytes(window_from(window)); });
+  m.def("arrange_triples", [](nb::dict window, Address words, int bits, Address out) {
+    const Window w = window_from(window);
+    nb::gil_scoped_release release;
+    arrange_triples(w, at<uint32_t>(words), bits, at<uint8_t>(out));
+  });
+  m.def("sum_taps", [](nb::dict window, Address words, int bits, Address out) {
+    const Window w = window_from(window);
+    nb::gil_scoped_release release;
+    sum_taps(w, at<uint32_t>(words), w.outputs, bits, at<int32_t>(out), w.outputs);
+  });
+  nb::class_<NativeConvolution>(m, "Convolution")
+      .def(nb::init<nb::dict, nb::dict, nb::list, nb::list, Address>())
+      .def("forward", &NativeConvolution::forward);
+}

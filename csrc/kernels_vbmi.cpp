@@ -1,0 +1,145 @@
+// AVX-512 with VBMI: as the level below, and products of 1- and 2-bit codes by look-up. One instruction looks 64 sums of three
+// products up, so that three times as many are had as from one that multiplies; sums of eight stay in bytes, and are then
+// added up in 16 bits.
+#include <array>
+
+#include "kernels_512.hpp"
+
+namespace bitbell {
+namespace {
+
+// The sums of every three input codes (-2 .. 1, first the lowest two bits of a line's number) with every three weight codes.
+struct Sums {
+  alignas(4096) std::array<uint8_t, 64 * 64> of{};
+  constexpr Sums() {
+    for (int x = 0; x < 64; x++)
+      for (int w = 0; w < 64; w++) {
+        int sum = kTripleBias;
+        for (int place = 0; place < 6; place += 2) sum += ((x >> place & 3) - 2) * (w >> place & 3);
+        of[static_cast<size_t>(64 * x + w)] = static_cast<uint8_t>(sum);
+      }
+  }
+};
+constexpr Sums kSums;
+
+void triples(const int8_t* codes, int64_t count, uint16_t* out) {
+  alignas(64) static constexpr std::array<int8_t, 64> kPlaces = [] {
+    std::array<int8_t, 64> places{};
+    for (int i = 0; i < 64; i++) places[static_cast<size_t>(i)] = static_cast<int8_t>(i % 4 < 3 ? i / 4 * 3 + i % 4 : 0);
+    return places;
+  }();
+  const __m512i places = load512(kPlaces.data()), two = _mm512_set1_epi8(2), factors = _mm512_set1_epi32(0x00100401);
+  for (int64_t i = 0; i < count; i += 48, out += 16) {
+    // Codes beyond the last one are the next pixel's, or whatever is there: their weight codes are 0.
+    const __m512i digits = _mm512_add_epi8(_mm512_permutexvar_epi8(places, load512(codes + i)), two);
+    const __m512i number = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_and_si512(digits, _mm512_set1_epi8(3)), factors);
+    const int64_t left = triples_of(count - i);
+    const __mmask16 kept = static_cast<__mmask16>(left < 16 ? (1 << left) - 1 : 0xffff);
+    _mm512_mask_cvtepi32_storeu_epi16(out, kept, _mm512_slli_epi32(number, 6));
+  }
+}
+
+// Kept where it is: compilers would otherwise look everything up first and run out of registers.
+#define IN_REGISTER(v) asm volatile("" : "+v"(v))
+
+// s[p][r] += sums of four triples of kRows windows and kPanels panels; or = where `first`.
+template <int kRows, int kPanels>
+INLINE void add_four(const uint8_t* table, const uint8_t* w, const uint16_t* const* x, int64_t at, __m512i (&s)[kPanels][kRows], bool first) {
+  uint64_t four[kRows];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; r++) std::memcpy(&four[r], x[r] + at, 8);
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; j++) {
+    __m512i i[kPanels];
+#pragma GCC unroll 2
+    for (int p = 0; p < kPanels; p++) i[p] = _mm512_loadu_si512(w + 64 * (kPanels * j + p));
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; r++) {
+      const __m512i sums = _mm512_load_si512(table + (four[r] >> (16 * j) & 0xffff));
+#pragma GCC unroll 2
+      for (int p = 0; p < kPanels; p++) {
+        const __m512i found = _mm512_permutexvar_epi8(i[p], sums);
+        s[p][r] = first && j == 0 ? found : _mm512_add_epi8(s[p][r], found);
+        IN_REGISTER(s[p][r]);
+      }
+    }
+  }
+}
+
+// What eight triples gave, in bytes, to sums of 16 bits: of all, the odd ones as the upper byte, and of the odd ones.
+template <int kRows, int kPanels>
+INLINE void add_sums(__m512i (&s)[kPanels][kRows], __m512i (&all)[kPanels][kRows], __m512i (&odd)[kPanels][kRows]) {
+#pragma GCC unroll 2
+  for (int p = 0; p < kPanels; p++)
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; r++) {
+      all[p][r] = _mm512_add_epi16(all[p][r], s[p][r]);
+      odd[p][r] = _mm512_add_epi16(odd[p][r], _mm512_srli_epi16(s[p][r], 8));
+      IN_REGISTER(all[p][r]);
+      IN_REGISTER(odd[p][r]);
+    }
+}
+
+template <int kRows, int kPanels>
+void lookup_tile(const uint8_t* w, const Run* runs, int64_t count, const uint16_t* const* given, int32_t first, bool add, int32_t* acc) {
+  const uint8_t* table = kSums.of.data();
+  __m512i all[kPanels][kRows], odd[kPanels][kRows], s[kPanels][kRows];
+#pragma GCC unroll 2
+  for (int p = 0; p < kPanels; p++)
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; r++) all[p][r] = odd[p][r] = _mm512_setzero_si512();
+  const uint16_t* x[kRows];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; r++) x[r] = given[r];
+  for (int64_t run = 0; run < count; run++) {
+    int64_t k = runs[run].x;
+    const int64_t end = k + runs[run].triples;
+    for (; k + 8 <= end; k += 8, w += 8 * 64 * kPanels) {
+      add_four<kRows, kPanels>(table, w, x, k, s, true);
+      add_four<kRows, kPanels>(table, w + 4 * 64 * kPanels, x, k + 4, s, false);
+      add_sums<kRows, kPanels>(s, all, odd);
+    }
+    if (k < end) {
+      add_four<kRows, kPanels>(table, w, x, k, s, true);
+      add_sums<kRows, kPanels>(s, all, odd);
+      w += 4 * 64 * kPanels;
+    }
+  }
+  const __m512i low = _mm512_set1_epi32(0xffff), begin = _mm512_set1_epi32(first);
+#pragma GCC unroll 2
+  for (int p = 0; p < kPanels; p++)
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; r++) {
+      int32_t* to = acc + (r * kPanels + p) * kPanelRows;
+      const __m512i even = _mm512_sub_epi16(all[p][r], _mm512_slli_epi16(odd[p][r], 8));
+      const __m512i rows[4] = {_mm512_and_si512(even, low), _mm512_and_si512(odd[p][r], low), _mm512_srli_epi32(even, 16),
+                               _mm512_srli_epi32(odd[p][r], 16)};
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; j++) _mm512_storeu_si512(to + 16 * j, _mm512_add_epi32(add ? load512(to + 16 * j) : begin, rows[j]));
+    }
+}
+
+template <int kPanels>
+void lookup_tiles(const uint8_t* w, const Run* runs, int64_t count, const uint16_t* const* x, int64_t m, int32_t first, bool add,
+    int32_t* acc) {
+  constexpr int kRows = 8 / kPanels;
+  int64_t i = 0;
+  for (; i + kRows <= m; i += kRows) lookup_tile<kRows, kPanels>(w, runs, count, x + i, first, add, acc + i * kPanels * kPanelRows);
+  for (; i + 2 <= m; i += 2) lookup_tile<2, kPanels>(w, runs, count, x + i, first, add, acc + i * kPanels * kPanelRows);
+  if (i < m) lookup_tile<1, kPanels>(w, runs, count, x + i, first, add, acc + i * kPanels * kPanelRows);
+}
+
+void lookup_product(const uint8_t* w, int panels, const Run* runs, int64_t count, const uint16_t* const* x, int64_t m, int32_t first, bool add,
+    int32_t* acc) {
+  if (panels == 2) lookup_tiles<2>(w, runs, count, x, m, first, add, acc);
+  else lookup_tiles<1>(w, runs, count, x, m, first, add, acc);
+}
+
+constexpr LookupKernels kLookups = {triples, lookup_product};
+
+}  // namespace
+
+extern const Kernels kAvx512Vbmi;
+const Kernels kAvx512Vbmi = {"avx512vbmi", quantize, prepare, vector,     vnni_matrix, floats, finish, finish_rows, gather, rotate, rms_norm,
+                             sum,          dot,      add_scaled, silu_times, softmax,   dense,  &kTraining, &kLookups};
+}  // namespace bitbell
