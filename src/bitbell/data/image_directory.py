@@ -127,11 +127,15 @@ class ImageDataset:
         int64, at these places of a split. Raises ValueError for a label that no class has."""
         import torch
 
-        pixels = np.asarray(self._pixels[_known(split)][places])
+        pixels = self.pixels(split, places)
         labels = np.asarray(self._labels[split][places]).astype(np.int64)
         if labels.size and int(labels.max()) >= len(self.classes):
             raise ValueError(f"{self.path}: split {split!r} holds label {labels.max()}, of {len(self.classes)} classes")
         return self.input.normalise(pixels), torch.from_numpy(labels)
+
+    def pixels(self, split: str, places: np.ndarray | slice) -> np.ndarray:
+        """The same images as they are stored: uint8 (n, size, size, channels)."""
+        return np.asarray(self._pixels[_known(split)][places])
 
     def verify(self) -> None:
         """Read everything. Raises ValueError if a checksum or a label is not right."""

@@ -226,7 +226,14 @@ def _code_range(layers: list[LayerCodes], part: str) -> str:
 
 def _unique_short_names(layers: list[LayerCodes]) -> list[str]:
     names = [short_layer(layer.name) for layer in layers]
-    return names if len(set(names)) == len(names) else [layer.name for layer in layers]
+    if len(set(names)) == len(names):
+        return names
+    parts = [layer.name.split(".") for layer in layers]
+    for place in (0, -1):  # what all have in common at the start, then at the end
+        while min(map(len, parts)) > 1 and len({part[place] for part in parts}) == 1:
+            for part in parts:
+                part.pop(place)
+    return [".".join(part) for part in parts]
 
 
 def _in_words(layers: list[LayerCodes]) -> str:

@@ -74,6 +74,33 @@ def draw_loss(runs: Sequence[Run], looks: Looks) -> Picture | None:
     return Picture("loss", "Loss over training", caption, alt, figure)
 
 
+def draw_accuracy(runs: Sequence[Run], looks: Looks, key: str) -> Picture | None:
+    """Validation accuracy over training: `key` is "accuracy", or "accuracy_top5"."""
+    found = {run.name: _points(run.valid, key) for run in runs}
+    shown = [run for run in runs if len(found[run.name][0])]
+    if not shown:
+        return None
+    is_top5 = key == "accuracy_top5"
+    figure, axes = new_chart([run.name for run in shown], "Step", "Top-5 accuracy (%)" if is_top5 else "Accuracy (%)")
+    labels = []
+    for run in shown:
+        look = looks[run.name]
+        x, y = found[run.name][0], 100 * found[run.name][1]
+        _plot_line(axes, *_thin(x, y), look)
+        _plot_marks(axes, x, y, look)
+        labels.append(Label(run.name, x[-1], y[-1], look.colour))
+    _count_steps(axes)
+    label_at_right(axes, labels)
+    what = "class is among the five likeliest" if is_top5 else "class is the likeliest"
+    caption = (
+        f"Share of the validation images whose {what}. During training it is measured on the first "
+        "evaluate_windows images, at the end on up to final_windows."
+    )
+    ends = [f"{run.name} {100 * found[run.name][1][-1]:.1f}" for run in shown]
+    title = f"{'Top-5 accuracy' if is_top5 else 'Accuracy'} over training"
+    return Picture(key, title, caption, f"Line chart of {title}, in %. Last: " + ", ".join(ends) + ".", figure)
+
+
 def draw_entropy(runs: Sequence[Run], looks: Looks) -> Picture | None:
     """Mean entropy of the weight codes with the band over layers, and the bit width it cannot exceed."""
     found = {run.name: layer_bands(run.quantizers, "weight_entropy") for run in runs}

@@ -31,6 +31,11 @@ def significant(digits: int) -> Callable[[float | None], str]:
     return lambda value: _write(value, write)
 
 
+def percent(value: float | None) -> str:
+    """A share in per cent, without the sign."""
+    return decimals(2)(None if value is None else 100 * value)
+
+
 def count(value: float | None) -> str:
     """An integer."""
     return _write(value, lambda x: _grouped(x, 0))

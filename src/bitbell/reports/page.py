@@ -18,8 +18,8 @@ from typing import Any
 
 from bitbell.reports import formats
 from bitbell.reports.codes import draw_codes
-from bitbell.reports.curves import Looks, draw_entropy, draw_loss, draw_scales, draw_size
-from bitbell.reports.drawing import Look, Picture, drawing_rules, looks, save, slug
+from bitbell.reports.curves import Looks, draw_accuracy, draw_entropy, draw_loss, draw_scales, draw_size
+from bitbell.reports.drawing import Look, Picture, drawing_rules, looks, save
 from bitbell.reports.html import (
     Drawn,
     key_of,
@@ -29,14 +29,15 @@ from bitbell.reports.html import (
     version_of,
     whole_page,
 )
+from bitbell.reports.mistakes import confusions_section, draw_confusions, mistakes_section
 from bitbell.reports.results import (
-    COLUMNS,
-    SPREAD_COLUMNS,
+    SPREADS,
     Column,
     Group,
     arrange,
     as_json,
     best_of_each_width,
+    columns_of,
     group_seeds,
 )
 from bitbell.reports.runs import Run, read_runs
@@ -65,12 +66,15 @@ def write_report(runs: Sequence[str | Path], out: str | Path) -> Path:
     look_of = looks([group.runs for group in groups])
     with drawing_rules():
         charts = _save(_charts(read, look_of), out / "plots")
-        codes = _save(_histograms(read, look_of), out / "plots")
-    numbers = as_json(read, groups) | {"plots": [drawn.picture.name for drawn in charts + codes]}
+        confusions = _save(_numbered(draw_confusions(read)), out / "plots")
+        codes = _save(_numbered(_histograms(read, look_of)), out / "plots")
+    numbers = as_json(read, groups) | {"plots": [drawn.picture.name for drawn in charts + confusions + codes]}
     write_at_once(out / "report.json", json.dumps(numbers, indent=1, allow_nan=False) + "\n")
     sections = [
         _results(read, groups, look_of),
         _pictures("Training and size", charts),
+        confusions_section(read, confusions, look_of),
+        mistakes_section(read, look_of),
         _codes_section(codes, look_of),
         _samples(read),
         _configurations(read),
@@ -85,6 +89,8 @@ def write_report(runs: Sequence[str | Path], out: str | Path) -> Path:
 def _charts(runs: Sequence[Run], look_of: Looks) -> list[Picture]:
     drawn = [
         draw_loss(runs, look_of),
+        draw_accuracy(runs, look_of, "accuracy"),
+        draw_accuracy(runs, look_of, "accuracy_top5"),
         draw_size(runs, look_of),
         draw_entropy(runs, look_of),
         draw_scales(runs, look_of, "weight"),
@@ -94,13 +100,13 @@ def _charts(runs: Sequence[Run], look_of: Looks) -> list[Picture]:
 
 
 def _histograms(runs: Sequence[Run], look_of: Looks) -> list[Picture]:
-    drawn = [(run, draw_codes(run, look_of[run.name])) for run in runs if run.is_quantized]
-    # The number keeps apart names that differ only in what a file name cannot hold.
-    return [
-        replace(picture, name=f"codes-{i}-{slug(run.name)}")
-        for i, (run, picture) in enumerate(drawn)
-        if picture is not None
-    ]
+    drawn = [draw_codes(run, look_of[run.name]) for run in runs if run.is_quantized]
+    return [picture for picture in drawn if picture is not None]
+
+
+def _numbered(pictures: Sequence[Picture]) -> list[Picture]:
+    """With a number that keeps apart names that differ only in what a file name cannot hold."""
+    return [replace(p, name=p.name.replace("-", f"-{i}-", 1)) for i, p in enumerate(pictures)]
 
 
 def _save(pictures: Sequence[Picture], folder: Path) -> list[Drawn]:
@@ -115,24 +121,31 @@ def _fill_in(runs: Sequence[Run], groups: Sequence[Group], sections: Sequence[st
 
 
 def _results(runs: Sequence[Run], groups: Sequence[Group], look_of: Looks) -> str:
-    winners = {run.name for best, _ in best_of_each_width(groups) for run in best.runs}
-    rows = "\n".join(_row(run, look_of[run.name], run.name in winners) for run in runs)
+    winners, columns = {run.name for best, _ in best_of_each_width(groups) for run in best.runs}, columns_of(runs)
+    rows = "\n".join(_row(run, look_of[run.name], run.name in winners, columns) for run in runs)
     parts = [
         section_start("Results"),
         table_card(
             "Every run",
             "runs",
-            _head(COLUMNS),
+            _head(columns),
             rows,
-            "Loss, perplexity and bits per byte are measured on the validation data; lower is better. "
-            "Entropy is that of the codes, at most the bit width. 1 MB is a million bytes.",
+            f"{_measured(runs)} Entropy is that of the codes, at most the bit width. 1 MB is a million bytes.",
         ),
-        _seeds([group for group in groups if len(group.runs) > 1]),
+        _seeds([group for group in groups if len(group.runs) > 1], columns),
     ]
     found = notes(runs, groups)
     if found:
         parts.append(f'<ul class="notes">{"".join(f"<li>{escape(note)}</li>" for note in found)}</ul>')
     return "\n".join([*parts, "</section>"])
+
+
+def _measured(runs: Sequence[Run]) -> str:
+    """What the columns of quality are."""
+    found = {run.is_of_images for run in runs}
+    of_text = "Loss, perplexity and bits per byte are measured on the validation data; lower is better."
+    of_images = "Loss and accuracy are measured on the validation images; loss ranks, lower is better."
+    return " ".join([of_text] * (False in found) + [of_images] * (True in found))
 
 
 def _head(columns: Sequence[Column]) -> str:
@@ -143,30 +156,31 @@ def _head(columns: Sequence[Column]) -> str:
     return f"<tr>{''.join(cell(column) for column in columns)}</tr>"
 
 
-def _row(run: Run, look: Look, is_best: bool) -> str:
+def _row(run: Run, look: Look, is_best: bool, columns: Sequence[Column]) -> str:
     badges = f' <span class="badge">best {escape(run.bits)}</span>' if is_best else ""
     if not run.is_finished:
         badges += ' <span class="badge quiet">unfinished</span>'
     name = f'<th scope="row">{key_of(look)}{escape(run.name)}{badges}</th>'
     cells = [
         f'<td class="{column.key}{" text" * column.is_text}">{escape(column.write(column.get(run)))}</td>'
-        for column in COLUMNS[1:]
+        for column in columns[1:]
     ]
     classes = " ".join(["best"] * is_best + ["unfinished"] * (not run.is_finished))
     return f'<tr class="{classes}">{name}{"".join(cells)}</tr>'
 
 
-def _seeds(groups: Sequence[Group]) -> str:
+def _seeds(groups: Sequence[Group], columns: Sequence[Column]) -> str:
     if not groups:
         return ""
+    shown = [column for column in columns if column.key in SPREADS]
     head = [
         Column("name", "Setting", "", str, str, True),
-        *SPREAD_COLUMNS,
+        *shown,
         Column("seeds", "Seeds", "", str, str),
     ]
     rows = []
     for group in groups:
-        cells = [with_spread(group.spread(column.key), column.write) for column in SPREAD_COLUMNS]
+        cells = [with_spread(group.spread(column.key), column.write, column.factor) for column in shown]
         seeds = ", ".join(formats.plain(run.config.get("seed")) for run in group.runs)
         if len(group.finished) < len(group.runs):
             seeds += f" ({len(group.finished)} finished)"

@@ -32,19 +32,27 @@ class Column:
     get: Callable[[Run], Any]
     write: Callable[[Any], str]
     is_text: bool = False
+    factor: float = 1  # that `write` multiplies by
 
 
 def _number(key: str) -> Callable[[Run], Any]:
     return lambda run: run.number(key)
 
 
-COLUMNS = (
+_NAMES = (
     Column("run", "Run", "", lambda run: run.name, str, is_text=True),
     Column("method", "Method", "", lambda run: run.method, formats.method, is_text=True),
     Column("bits", "Bits", "", lambda run: run.bits, lambda bits: formats.DASH if bits == "full" else bits, True),
-    Column("loss", "Validation loss", "nats/token", _number("loss"), formats.decimals(3)),
+)
+_OF_TEXT = (
     Column("perplexity", "Perplexity", "", _number("perplexity"), formats.significant(3)),
     Column("bits_per_byte", "Bits/\N{ZERO WIDTH SPACE}byte", "", _number("bits_per_byte"), formats.decimals(3)),
+)
+_OF_IMAGES = (
+    Column("accuracy", "Accuracy", "%", _number("accuracy"), formats.percent, factor=100),
+    Column("accuracy_top5", "Top-5 accuracy", "%", _number("accuracy_top5"), formats.percent, factor=100),
+)
+_CODES_AND_COST = (
     Column("weight_entropy", "Weight entropy", "bits", _number("weight_entropy"), formats.decimals(3)),
     Column("activation_entropy", "Activation entropy", "bits", _number("activation_entropy"), formats.decimals(3)),
     Column("parameters", "Parameters", "million", _number("parameters"), formats.millions),
@@ -54,11 +62,21 @@ COLUMNS = (
     Column("steps", "Steps", "", lambda run: run.steps, formats.count),
     Column("seed", "Seed", "", lambda run: run.config.get("seed"), formats.plain),
 )
-SPREAD_COLUMNS = tuple(
-    column
-    for column in COLUMNS
-    if column.key in ("loss", "perplexity", "bits_per_byte", "weight_entropy", "activation_entropy", "seconds_per_step")
+# Of the numbers that mean something over several seeds.
+SPREADS = (
+    *("loss", "perplexity", "bits_per_byte", "accuracy", "accuracy_top5", "weight_entropy", "activation_entropy"),
+    "seconds_per_step",
 )
+
+
+def columns_of(runs: Sequence[Run]) -> tuple[Column, ...]:
+    """The columns of a table of runs: quality as it is measured on text, on images, or on both."""
+    samples = {run.sample for run in runs}
+    unit = f"nats/{samples.pop()}" if len(samples) == 1 else "nats"
+    loss = Column("loss", "Validation loss", unit, _number("loss"), formats.decimals(3))
+    is_text, is_images = (any(run.is_of_images == kind for run in runs) for kind in (False, True))
+    has_top5 = any(run.number("accuracy_top5") is not None for run in runs)
+    return (*_NAMES, loss, *_OF_TEXT * is_text, *_OF_IMAGES[: (1 + has_top5) * is_images], *_CODES_AND_COST)
 
 
 @dataclass(frozen=True)
@@ -154,16 +172,18 @@ def full_precision_like(run: Run, groups: Sequence[Group]) -> Group | None:
 def as_json(runs: Sequence[Run], groups: Sequence[Group]) -> dict[str, Any]:
     """Every number of the tables as strict JSON: numbers that are not finite are null, see `not_finite`."""
     winners = {run.name for group, _ in best_of_each_width(groups) for run in group.runs}
+    columns = columns_of(runs)
     return {
-        "units": {column.key: column.unit for column in COLUMNS if column.unit and column.unit != "million"}
-        | {"bytes": "bytes", "packed_bytes": "bytes"},
-        "runs": [_row(run) | {"best_at_its_bits": run.name in winners} for run in runs],
-        "seed_groups": [_group_row(group) for group in groups if len(group.runs) > 1],
+        "units": {column.key: column.unit for column in columns if column.unit and column.unit != "million"}
+        | {"bytes": "bytes", "packed_bytes": "bytes"}
+        | {column.key: "share" for column in columns if column.unit == "%"},
+        "runs": [_row(run, columns) | {"best_at_its_bits": run.name in winners} for run in runs],
+        "seed_groups": [_group_row(group, columns) for group in groups if len(group.runs) > 1],
     }
 
 
-def _row(run: Run) -> dict[str, Any]:
-    values = {column.key: column.get(run) for column in COLUMNS}
+def _row(run: Run, columns: Sequence[Column]) -> dict[str, Any]:
+    values = {column.key: column.get(run) for column in columns}
     not_finite = [key for key, value in values.items() if isinstance(value, float) and not math.isfinite(value)]
     return {
         **{key: None if key in not_finite else value for key, value in values.items()},
@@ -176,8 +196,8 @@ def _row(run: Run) -> dict[str, Any]:
     }
 
 
-def _group_row(group: Group) -> dict[str, Any]:
-    spreads = {column.key: group.spread(column.key) for column in SPREAD_COLUMNS}
+def _group_row(group: Group, columns: Sequence[Column]) -> dict[str, Any]:
+    spreads = {column.key: group.spread(column.key) for column in columns if column.key in SPREADS}
     return {
         "name": group.name,
         "runs": [run.name for run in group.runs],

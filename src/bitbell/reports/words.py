@@ -49,15 +49,16 @@ def notes(runs: Sequence[Run], groups: Sequence[Group]) -> list[str]:
     return found
 
 
-def with_spread(spread: Spread | None, write: Callable[[float], str] = loss_text) -> str:
-    """Mean and deviation to the same decimals; the mean alone for a single value; a dash for none."""
+def with_spread(spread: Spread | None, write: Callable[[float], str] = loss_text, factor: float = 1) -> str:
+    """Mean and deviation to the same decimals; the mean alone for a single value; a dash for none. factor: that
+    `write` multiplies by."""
     if spread is None:
         return formats.DASH
     mean = write(spread.mean)
     if spread.deviation is None:
         return mean
     places = len(mean.partition(".")[2])
-    return f"{mean} \N{PLUS-MINUS SIGN} {spread.deviation:.{places}f}"
+    return f"{mean} \N{PLUS-MINUS SIGN} {factor * spread.deviation:.{places}f}"
 
 
 def _what_ran(runs: Sequence[Run]) -> str:
@@ -85,6 +86,8 @@ def _length(config: dict[str, object]) -> list[str]:
     accumulation = config.get("accumulation")
     if isinstance(accumulation, int):
         batch *= accumulation
+    if "images" in config:
+        return [f"for {formats.count(steps)} steps of {batch} images ({formats.count(steps * batch)} images)"]
     tokens = formats.millions(steps * batch * length)
     return [f"for {formats.count(steps)} steps of {batch} x {length} tokens ({tokens} million tokens)"]
 
@@ -105,8 +108,10 @@ def _start(group: Group, is_best: bool = False) -> str:
     what = "the lowest validation loss" if is_best else "a validation loss of"
     colon = ":" if is_best else ""
     loss, perplexity = with_spread(group.spread("loss")), group.spread("perplexity")
-    text = f"{who} reached {what}{colon} {loss} nats per token"
-    if perplexity is not None:
+    text = f"{who} reached {what}{colon} {loss} nats per {run.sample}"
+    if (accuracy := group.spread("accuracy")) is not None:
+        text += f" (accuracy {with_spread(accuracy, formats.percent, 100)} %)"
+    elif perplexity is not None:
         text += f" (perplexity {formats.significant(3)(perplexity.mean)})"
     return f"{text} after {_steps(group)}"
 

@@ -339,6 +339,7 @@ class _Run:
         config = self.config
         model = self.model if self.world.size == 1 else load_run(self.run)[0].to(self.device)
         result = self.task.conclude(model, measured, config.final_windows, self.precision)
+        self.task.leave(self.run, model, config.final_windows, self.precision)
         counts = {f"{self.task.unit}_seen": samples_seen(config) * self.task.units_per_sample}
         summary = summarize(self.run, config, model, result, self.precision, measured.numbers | counts)
         write_json(self.run / "summary.json", summary)

@@ -5,6 +5,7 @@ RUN/metrics.jsonl    one JSON object a line
 RUN/tensorboard/     the same for TensorBoard
 RUN/checkpoints/     see `bitbell.training.checkpoint`
 RUN/tokenizer.json   so that the run can be packed and used without the data
+RUN/predictions.json of a classifier: its confusions and worst mistakes (`bitbell.evaluation.predictions`)
 RUN/summary.json     every final number, once the run is finished
 """
 

@@ -3,6 +3,7 @@
 batch(index) -> inputs, targets        a function of the index, this process's share
 measure(model, limit) -> Measured      over the validation split, on all processes together
 conclude(model, measured) -> numbers   and the codes of every layer, for the summary
+leave(run, model)                      what else the report needs, as a file
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from torch import Tensor, nn
 from bitbell.data import ImageBatches, ImageDataset, TokenDataset, is_image_set, windows
 from bitbell.evaluation import evaluate, evaluate_images
 from bitbell.evaluation.classification import image_batches, score_of, sum_scores
+from bitbell.evaluation.predictions import predict
 from bitbell.models import ImagePreset, find_preset
 from bitbell.training.config import TrainConfig
 from bitbell.training.distributed import World, check_shares, measure_together, share_of_batches
+from bitbell.training.run import write_json
 
 Batch = tuple[Tensor, Tensor]
 
@@ -57,6 +60,10 @@ class Task(ABC):
     @abstractmethod
     def conclude(self, model: nn.Module, measured: Measured, limit: int, precision: torch.dtype) -> Any:
         """An `Evaluation` or `ImageEvaluation` with the codes of every layer, in one process."""
+
+    @abstractmethod
+    def leave(self, run: Path, model: nn.Module, limit: int, precision: torch.dtype) -> None:
+        """Write into the folder of a finished run what else its report needs, in one process."""
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """What is minimised: the mean negative log likelihood of the targets."""
@@ -126,6 +133,9 @@ class LanguageModelling(Task):
             code_windows=4 * self.config.batch_size,
         )
 
+    def leave(self, run: Path, model: nn.Module, limit: int, precision: torch.dtype) -> None:
+        """Nothing: the summary has all numbers."""
+
 
 class Classification(Task):
     """The class of an image."""
@@ -173,3 +183,8 @@ class Classification(Task):
         options: dict[str, Any] = {"limit": limit, "batch_size": self._share, "precision": precision}
         options["code_images"] = 4 * self.config.batch_size
         return evaluate_images(model, self.dataset, **options, score=measured.score)
+
+    def leave(self, run: Path, model: nn.Module, limit: int, precision: torch.dtype) -> None:
+        """predictions.json: which classes are taken for which, and the worst mistakes."""
+        found = predict(model, self.dataset, limit=limit, batch_size=self._share, precision=precision)
+        write_json(run / "predictions.json", found.to_dict())
