@@ -71,6 +71,7 @@ def served(
     slots: int = 4,
     limits: Limits | None = None,
     template: Any = None,
+    connections: dict[str, Any] | None = None,
     **options: Any,
 ) -> Iterator[Served]:
     metrics, engine = Metrics(), engine_for(model, slots=slots)
@@ -79,7 +80,7 @@ def served(
     metrics.watch(scheduler)
     app = build_app(scheduler, Asker("tiny", engine.positions, tokenizer, template), metrics, limits or Limits())
     sock = listen("127.0.0.1", 0)
-    server = Server(app, scheduler, grace=0.3)
+    server = Server(app, scheduler, grace=0.3, **(connections or {}))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
     thread.start()
     try:
@@ -350,7 +351,7 @@ def test_wrong_flags_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str
     from bitbell.cli.main import main
 
     assert main(["serve", str(tmp_path)]) == 1
-    assert "tokenizer.json" in capsys.readouterr().err
+    assert "is neither a run nor a packed model" in capsys.readouterr().err
     with pytest.raises(ValueError, match="port must be 0"):
         listen("127.0.0.1", 70000)
     with listen("127.0.0.1", 0) as taken, pytest.raises(OSError, match="cannot listen on 127"):

@@ -55,12 +55,14 @@ def serve(
     from bitbell.serving import engine_for, load_tokenizer_of
     from bitbell.serving.asking import Asker, chat_template_of
     from bitbell.serving.generate import check_makes_text, check_vocabulary
+    from bitbell.serving.model_files import check_links
     from bitbell.serving.native_llama import inner_model
     from bitbell.serving.scheduler import Scheduler
 
     if grace < 0:
         raise ValueError(f"grace must be 0 or more, got {grace}")
     limits = Limits(body_bytes=max_body, timeout=timeout)
+    check_links(model)
     loaded, _ = open_model(model, device)
     check_makes_text(loaded)
     tokenizer = load_tokenizer_of(model)

@@ -116,7 +116,7 @@ class Asker:
                     )
             elif key not in TAKEN | more | WITHOUT_EFFECT:
                 allowed = ", ".join(sorted(TAKEN | more))
-                raise Refused(f"unknown argument {_short(key)}; allowed are {allowed}", param=key)
+                raise Refused(f"unknown argument {_short(key)}; allowed are {allowed}", param=_short(key).strip('"'))
         if (model := values.get("model", self.name)) != self.name:
             message = f"model must be {self.name!r}, the one that is served here, got {_short(model)}"
             raise Refused(message, param="model", status=404, code="model_not_found")
@@ -181,7 +181,7 @@ class Asker:
                 raise Refused(
                     f"every message must have a role and a text as content, got {_short(message)}", param="messages"
                 )
-            plain.append({"role": role, "content": _text(content, "messages")})
+            plain.append({"role": _text(role, "messages"), "content": _text(content, "messages")})
         try:
             text = self.template.apply_chat_template(plain, add_generation_prompt=True, tokenize=False)
         except Exception as error:  # a template raises what it likes, for roles out of order for instance
@@ -193,17 +193,40 @@ class Asker:
 
 
 def chat_template_of(directory: str | Path) -> Any:
-    """The tokenizer of transformers in a directory, if it has a chat template; else None."""
+    """A tokenizer of transformers with the chat template of a directory, if it has one; else None.
+
+    It is made of the text of three files of the directory. What its tokenizer_config.json names beyond the template and
+    special tokens (other files, classes, code) is not opened. Raises ValueError for a template that is no text.
+    """
     folder = Path(directory)
     try:
         config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         config = {}
-    if not config.get("chat_template") and not (folder / "chat_template.jinja").is_file():
+    template = config.get("chat_template") if isinstance(config, dict) else None
+    if (file := folder / "chat_template.jinja").is_file():
+        template = file.read_text(encoding="utf-8")
+    if not template:
         return None
-    from transformers import AutoTokenizer
+    if isinstance(template, list):  # named ones, of which requests cannot choose
+        template = next(
+            (t.get("template") for t in template if isinstance(t, dict) and t.get("name") == "default"), None
+        )
+    if not isinstance(template, str):
+        raise ValueError(f"{folder / 'tokenizer_config.json'}: chat_template must be a text, or a list with a default")
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
 
-    return AutoTokenizer.from_pretrained(str(folder.resolve()))
+    special = {name: _content(config.get(name)) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
+    backend = Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    special = {name: token for name, token in special.items() if token is not None}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, **special)
+
+
+def _content(token: Any) -> str | None:
+    """Of a special token, which may be written with its options."""
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None
 
 
 def _number(values: dict[str, Any], name: str, default: float, lowest: float, highest: float) -> float:

@@ -23,8 +23,10 @@ from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from bitbell.serving.asking import Asked, Asker, Refused
+from bitbell.serving.connections import connections
 from bitbell.serving.metrics import Metrics
 from bitbell.serving.scheduler import Busy, Event, Job, Scheduler
 
@@ -99,7 +101,7 @@ def build_app(scheduler: Scheduler, asker: Asker, metrics: Metrics, limits: Limi
 
     @app.exception_handler(HTTPException)
     async def wrong_path(request: Request, error: HTTPException) -> Response:
-        message = f"{request.method} {request.url.path}: {error.detail}"
+        message = f"{request.method} {request.url.path:.80}: {error.detail}"
         return JSONResponse(Refused(message, status=error.status_code).body(), error.status_code, error.headers)
 
     @app.exception_handler(Exception)
@@ -196,14 +198,19 @@ class _Service:
         if kind != "application/json":  # which other sites' pages cannot send unasked
             raise Refused(f"Content-Type must be application/json, got {kind!r:.80}", status=415)
         body, limit = bytearray(), self.limits.body_bytes
+        too_large = Refused(f"the body must have at most {limit} bytes", status=413, code="body_too_large")
+        if int(request.headers.get("content-length", 0)) > limit:  # h11 lets only digits through
+            raise too_large
         try:
             async with asyncio.timeout(self.limits.body_timeout):
                 async for chunk in request.stream():
                     body += chunk
                     if len(body) > limit:
-                        raise Refused(f"the body must have at most {limit} bytes", status=413, code="body_too_large")
+                        raise too_large
         except TimeoutError:
             raise Refused(f"the body did not come within {self.limits.body_timeout:g} s", status=408) from None
+        except ClientDisconnect:
+            raise Refused("the client has gone", status=499, code="cancelled") from None
         return bytes(body)
 
     def _submit(self, answer: _Answer) -> None:
@@ -288,12 +295,22 @@ class Server(uvicorn.Server):
     """Serves until SIGTERM or Ctrl-C; then takes no more, and gives what runs `grace` seconds to end.
 
     What runs after that is told so (503, or an error event), by way of the scheduler's end; uvicorn, which would break
-    its connections off, waits a little longer.
+    its connections off, waits a little longer. head_timeout, most_connections: see `connections`.
     """
 
-    def __init__(self, app: FastAPI, scheduler: Scheduler, *, grace: float) -> None:
-        patience = math.ceil(grace + 10)
-        super().__init__(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=patience))
+    def __init__(
+        self,
+        app: FastAPI,
+        scheduler: Scheduler,
+        *,
+        grace: float,
+        head_timeout: float = 30.0,
+        most_connections: int | None = None,
+    ) -> None:
+        http = connections(head_timeout=head_timeout, most=most_connections)
+        config = uvicorn.Config(app, http=http, ws="none", log_level="warning", access_log=False)
+        config.timeout_graceful_shutdown = math.ceil(grace + 10)
+        super().__init__(config)
         self._scheduler, self._grace = scheduler, grace
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

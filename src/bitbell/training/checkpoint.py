@@ -73,7 +73,7 @@ def _is_whole(path: Path) -> bool:
     except (OSError, ValueError, AttributeError):
         shards = None
     names = shards or ("model.safetensors", "optimizer.safetensors")
-    return all((path / name).is_file() for name in ("state.json", *names))
+    return all(Path(str(name)).name == name and (path / name).is_file() for name in ("state.json", *names))
 
 
 def save_checkpoint(
