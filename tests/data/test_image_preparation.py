@@ -86,6 +86,8 @@ def test_a_source_with_splits_of_its_own_keeps_them(folder: Path, tmp_path: Path
         (picture((0, 255, 255, 0), mode="CMYK"), (255, 0, 0)),
         (picture((1,), mode="1"), (255, 255, 255)),
         (Image.fromarray(np.full((9, 9), 32768, dtype=np.uint16)), (128, 128, 128)),
+        (Image.fromarray(np.full((9, 9), 200, dtype=np.uint16)), (1, 1, 1)),  # dark, of 65,535
+        (Image.fromarray(np.full((9, 9), 200, dtype=np.int32)), (200, 200, 200)),
         (np.full((3, 30), 7, dtype=np.uint8), (7, 7, 7)),
         (np.full((1, 1, 4), 255, dtype=np.uint8), (255, 255, 255)),
     ],
@@ -113,6 +115,8 @@ def test_the_middle_is_cut_out_and_the_camera_believed() -> None:
     assert to_pixels(Image.open(file), 10, 1)[:5].max() == 0
     with pytest.raises(ValueError, match=r"uint8 \(H, W\) or \(H, W, channels\), got float64"):
         to_pixels(np.zeros((4, 4)), 4, 1)
+    with pytest.raises(ValueError, match="its pixels are floats, whose white is not known; save it with 8 or 16 bits"):
+        to_pixels(Image.fromarray(np.zeros((4, 4), dtype=np.float32)), 4, 1)
 
 
 def test_what_cannot_be_decoded_is_skipped_and_listed_or_an_error(folder: Path, tmp_path: Path) -> None:

@@ -179,3 +179,31 @@ def test_a_model_of_other_classes_or_channels_is_refused(digits: ImageDataset) -
         evaluate_images(build_model("vit-micro", labels=3, channels=1), digits)
     with pytest.raises(ValueError, match="images have 1 channels, the model takes 3"):
         evaluate_images(build_model("vit-micro", labels=10), digits)
+
+
+def test_data_prepared_otherwise_are_normalised_as_in_training_or_refused(make: Make, tmp_path: Path) -> None:
+    """Another image set has statistics of its own, which the model has never seen."""
+    image = pytest.importorskip("PIL.Image")
+    result = train(make(preset="resnet-micro"))
+    model, config, _ = load_run(result.run)
+    digits = ImageDataset.open(config.data)
+    source, dataset = tmp_path / "source", digits.description
+    for split, images in dataset.splits.items():
+        pixels = digits.pixels(split, slice(None))
+        labels = digits.images(split, slice(None))[1].tolist()
+        for place in range(images.images if split == "valid" else 40):
+            folder = source / split / digits.classes[labels[place]]
+            folder.mkdir(parents=True, exist_ok=True)
+            image.fromarray(pixels[place, ..., 0]).save(folder / f"{place}.png")
+    other = prepare_images(source, tmp_path / "other", size=8, channels=1)
+    assert other.input.mean != digits.input.mean
+    expected = evaluate_images(model, digits, batch_size=16)
+    assert evaluate_images(model, other, batch_size=16).loss == pytest.approx(expected.loss, rel=1e-6)
+    with pytest.raises(
+        ValueError, match="images are 16 x 16, the model was trained on 8 x 8; make them again with --size 8"
+    ):
+        evaluate_images(model, prepare_images("digits", tmp_path / "large", size=16))
+    for split in ("train", "valid"):
+        (source / split / "9").rename(source / split / "nine")
+    with pytest.raises(ValueError, match="the data has other classes than the model: 'nine' where the model has '9'"):
+        evaluate_images(model, prepare_images(source, tmp_path / "named", size=8, channels=1))

@@ -8,9 +8,10 @@ DIR/valid.pixels     and valid.labels
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -136,6 +137,15 @@ class ImageDataset:
     def pixels(self, split: str, places: np.ndarray | slice) -> np.ndarray:
         """The same images as they are stored: uint8 (n, size, size, channels)."""
         return np.asarray(self._pixels[_known(split)][places])
+
+    def as_inputs(self, how: ImageInput) -> ImageDataset:
+        """The same images, normalised by other means and deviations. Raises ValueError for another size or number of
+        channels."""
+        if (how.size, how.channels) != (self.size, self.channels):
+            raise ValueError(f"images of {self.size} pixels and {self.channels} channels cannot become {how}")
+        twin = copy.copy(self)
+        twin.description = replace(self.description, input=how)
+        return twin
 
     def verify(self) -> None:
         """Read everything. Raises ValueError if a checksum or a label is not right."""

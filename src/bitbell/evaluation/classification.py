@@ -101,10 +101,10 @@ def evaluate_images(
     """Evaluate a full-precision, quantized or packed classifier on a split of an image set.
 
     limit: images at most (None: all). score: where it is known already. Activation entropies come from the first
-    `code_images`, by default those of four batches. Raises ValueError where the model has another number of classes or
-    channels than the data.
+    `code_images`, by default those of four batches. Pixels are normalised as the model was trained, where its
+    configuration says how. Raises ValueError where the model is for other classes, channels or sizes than the data's.
     """
-    check_classes(model, dataset)
+    dataset = fitting(model, dataset)
     score = score or score_of(sum_scores(model, image_batches(dataset, split, batch_size, limit), precision))
     few = code_images or 4 * batch_size
     few = min(limit or few, few)
@@ -114,6 +114,27 @@ def evaluate_images(
     weight_entropy, activation_entropy = (sum(found) / len(found) if found else None for found in (weights, used))
     numbers = score.loss, score.accuracy, score.accuracy_top5, score.images
     return ImageEvaluation(*numbers, weight_entropy, activation_entropy, tuple(layers))
+
+
+def fitting(model: nn.Module, dataset: ImageDataset) -> ImageDataset:
+    """The data with its pixels made into inputs as the model was trained on, where its configuration says how.
+
+    Raises ValueError if the configuration says that the model is for other classes, channels or sizes than the data's.
+    """
+    check_classes(model, dataset)
+    config = getattr(model, "config", None)
+    if getattr(config, "image_input", None) is None:
+        return dataset
+    how, names = image_input_of(model), tuple(str(config.id2label[i]) for i in range(config.num_labels))  # type: ignore[union-attr]
+    if names != dataset.classes:
+        mine, theirs = next(pair for pair in zip(names, dataset.classes, strict=True) if pair[0] != pair[1])
+        raise ValueError(f"the data has other classes than the model: {theirs!r} where the model has {mine!r}")
+    if how.size != dataset.size:
+        raise ValueError(
+            f"the data's images are {dataset.size} x {dataset.size}, the model was trained on {how.size} x {how.size}; "
+            f"make them again with --size {how.size}"
+        )
+    return dataset.as_inputs(how)
 
 
 def check_classes(model: nn.Module, dataset: ImageDataset) -> None:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bitbell.evaluation.classification import check_classes
+from bitbell.evaluation.classification import fitting
 from bitbell.evaluation.loss import autocast, device_of, evaluation_mode, logits_of
 
 if TYPE_CHECKING:
@@ -63,10 +63,10 @@ def predict(
     precision: torch.dtype = torch.float32,
 ) -> Predictions:
     """What the model takes the images of a split for: the first `limit` in the order of `evaluate_images`. Raises
-    ValueError where the model has another number of classes or channels than the data."""
+    ValueError where the model is for other classes, channels or sizes than the data's."""
     from bitbell.data.shuffle import Permutation
 
-    check_classes(model, dataset)
+    dataset = fitting(model, dataset)
     total = dataset.num_images(split)
     places = Permutation(total, 0)(np.arange(min(total, limit or total)))
     confusion: Counter[tuple[int, int]] = Counter()
