@@ -56,7 +56,8 @@ def evaluate_classifier(
     from bitbell.data import ImageDataset
     from bitbell.evaluation import evaluate_images
 
-    result = evaluate_images(model, ImageDataset.open(data), split=split, limit=limit, batch_size=batch_size)
+    dataset = ImageDataset.open(data)
+    result = evaluate_images(model, dataset, split=split, limit=limit, batch_size=batch_size)
     if as_json:
         print(json.dumps(result.to_dict(), indent=2))
         return 0
@@ -64,7 +65,8 @@ def evaluate_classifier(
         activations = "" if layer.activation_entropy is None else f"   activations {layer.activation_entropy:.3f}"
         print(f"{layer.name:<52} {layer.recipe:<16} weights {layer.weight_entropy:.3f}{activations} bits")
     print(f"loss            {result.loss:.4f} nats an image, over {result.images:,} images")
-    print(f"accuracy        {result.accuracy:.4f}, among the first five {result.accuracy_top5:.4f}")
+    top5 = f", among the first five {result.accuracy_top5:.4f}" if len(dataset.classes) > 5 else ""
+    print(f"accuracy        {result.accuracy:.4f}{top5}")
     return 0
 
 

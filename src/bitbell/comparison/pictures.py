@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,8 @@ from bitbell.comparison.kinds import Kind, kind_of
 from bitbell.comparison.plan import tune_loss
 from bitbell.comparison.rows import Row, bits_of
 from bitbell.comparison.sweep import Sweep
-from bitbell.reports.curves import Looks, draw_loss
+from bitbell.reports import curves
+from bitbell.reports.curves import Looks
 from bitbell.reports.drawing import (
     CARD,
     COLOURS,
@@ -57,7 +58,8 @@ def draw_all(folder: SweepFolder, sweep: Sweep, rows: Sequence[Row]) -> list[Pic
     drawn = [draw_accuracy(rows, looks)] if kind.is_of_images else []
     drawn += [draw_quality(rows, looks, kind), draw_entropy_and_loss(rows, looks, kind)]
     drawn += [draw_rates(folder, sweep, bits, rows, looks) for bits in widths]
-    drawn += [draw_curves(folder, bits, rows, looks) for bits in widths]
+    for key in ("loss", *["accuracy"] * kind.is_of_images):
+        drawn += [draw_curves(folder, bits, rows, looks, key) for bits in widths]
     return [picture for picture in drawn if picture is not None]
 
 
@@ -194,32 +196,39 @@ def draw_rates(
     return Picture(f"rates-{bits or 'full'}", f"Learning rates, {_width_name(bits)}", caption, alt, figure)
 
 
-def draw_curves(folder: SweepFolder, bits: str | None, rows: Sequence[Row], looks: Looks) -> Picture | None:
-    """Training loss at the chosen rates, for the methods of a width: the mean over the seeds."""
+def draw_curves(
+    folder: SweepFolder, bits: str | None, rows: Sequence[Row], looks: Looks, key: str = "loss"
+) -> Picture | None:
+    """Loss, or accuracy, over training at the chosen rates, for the methods of a width: the mean over the seeds."""
     found = [(row, _runs(folder, row)) for row in _of_width(rows, bits) if row.losses]
     mine = [(row, runs) for row, runs in found if runs]
     if not any(row.setting.bits == bits for row, _ in mine):
         return None
     means = [mean_run(row.label, runs) for row, runs in mine]
-    picture = draw_loss(means, {row.label: looks[row.setting.label] for row, _ in mine})
+    look_of = {row.label: looks[row.setting.label] for row, _ in mine}
+    picture = curves.draw_loss(means, look_of) if key == "loss" else curves.draw_accuracy(means, look_of, key)
     if picture is None:
         return None
     caption = f"Mean over the seeds, each method at its best learning rate. {picture.caption}"
-    title = f"Loss over training, {_width_name(bits)}"
-    return replace(picture, name=f"loss-{bits or 'full'}", title=title, caption=caption)
+    title = f"{picture.title}, {_width_name(bits)}"
+    return replace(picture, name=f"{key}-{bits or 'full'}", title=title, caption=caption)
 
 
 def mean_run(name: str, runs: Sequence[Run]) -> Run:
-    """One run in place of several seeds: at each step that all have logged, the mean of their losses."""
+    """One run in place of several seeds: at each step that all have logged, mean losses and accuracies."""
     train, valid = (_mean_events([getattr(run, kind) for run in runs]) for kind in ("train", "valid"))
     summary = {"loss": statistics.fmean(run.number("loss") or math.nan for run in runs)}
     return replace(runs[0], name=name, train=train, valid=valid, summary=summary)
 
 
-def _mean_events(logs: Iterable[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
-    by_step = [{event["step"]: event["loss"] for event in log if finite(event.get("loss"))} for log in logs]
-    steps = sorted(set.intersection(*(set(found) for found in by_step)))
-    return [{"step": step, "loss": statistics.fmean(found[step] for found in by_step)} for step in steps]
+def _mean_events(logs: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
+    means: dict[int, dict[str, Any]] = {}
+    for key in ("loss", "accuracy"):
+        by_step = [{event["step"]: event[key] for event in log if finite(event.get(key))} for log in logs]
+        for step in sorted(set.intersection(*(set(found) for found in by_step))):
+            mean = {key: statistics.fmean(found[step] for found in by_step)}
+            means[step] = means.get(step, {"step": step}) | mean
+    return list(means.values())
 
 
 def _runs(folder: SweepFolder, row: Row) -> list[Run]:

@@ -63,6 +63,12 @@ def image_config(
     return (_vit_config if preset.architecture == "vit" else _resnet_config)(preset, size, names)
 
 
+def check_image_size(preset: ImagePreset, size: int) -> None:
+    """Raise ValueError if the patches of a transformer do not divide images of `size` pixels a side."""
+    if preset.architecture == "vit" and size % preset.patch:
+        raise ValueError(f"image_size must be a multiple of the {preset.patch} pixels of a patch, got {size}")
+
+
 def _resnet_config(preset: ImagePreset, size: int, names: dict[str, Any]) -> Any:
     from transformers import ResNetConfig
 
@@ -76,8 +82,7 @@ def _resnet_config(preset: ImagePreset, size: int, names: dict[str, Any]) -> Any
 def _vit_config(preset: ImagePreset, size: int, names: dict[str, Any]) -> Any:
     from transformers import ViTConfig
 
-    if size % preset.patch:
-        raise ValueError(f"image_size must be a multiple of the {preset.patch} pixels of a patch, got {size}")
+    check_image_size(preset, size)
     return ViTConfig(
         **names,
         image_size=size,

@@ -22,6 +22,7 @@ from bitbell.evaluation import evaluate, evaluate_images
 from bitbell.evaluation.classification import image_batches, score_of, sum_scores
 from bitbell.evaluation.predictions import predict
 from bitbell.models import ImagePreset, find_preset
+from bitbell.models.images import check_image_size
 from bitbell.training.config import TrainConfig
 from bitbell.training.distributed import World, check_shares, measure_together, share_of_batches
 from bitbell.training.run import write_json
@@ -73,11 +74,16 @@ class Task(ABC):
 def open_data(config: TrainConfig) -> TokenDataset | ImageDataset:
     """The data set that `config` names. Raises ValueError where data and preset do not fit each other, and
     FileNotFoundError where there is none."""
-    is_for_images = isinstance(find_preset(config.preset), ImagePreset)
+    preset = find_preset(config.preset)
+    is_for_images = isinstance(preset, ImagePreset)
     if is_image_set(config.data) != is_for_images and Path(config.data).exists():
         wanted, there = ("images", "text") if is_for_images else ("text", "images")
         raise ValueError(f"preset={config.preset} is a model of {wanted}, and {config.data} is a data set of {there}")
-    return ImageDataset.open(config.data) if is_for_images else TokenDataset.open(config.data)
+    if not isinstance(preset, ImagePreset):
+        return TokenDataset.open(config.data)
+    dataset = ImageDataset.open(config.data)
+    check_image_size(preset, dataset.size)
+    return dataset
 
 
 def open_task(config: TrainConfig, world: World) -> Task:
