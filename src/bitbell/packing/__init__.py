@@ -1,6 +1,7 @@
 """A trained model -> few bytes, and back: packed layers, the packed directory, and the proof that nothing changed."""
 
 from bitbell.packing.files import PackedFileError, save
+from bitbell.packing.folding import fold
 from bitbell.packing.layers import PackedLinear
 from bitbell.packing.model import PackedModel, pack
 from bitbell.packing.reading import load
@@ -12,6 +13,7 @@ __all__ = [
     "PackedModel",
     "Verification",
     "VerificationError",
+    "fold",
     "load",
     "pack",
     "save",

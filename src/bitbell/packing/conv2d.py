@@ -19,7 +19,7 @@ from bitbell.kernels.native_convolution import NativeConvolution
 from bitbell.layers import Geometry, Recipe
 from bitbell.layers.convolution import as_images, channels_last, convolve, with_offsets
 from bitbell.layers.product import grid_of, levels_of
-from bitbell.packing.layers import EXACT_IN_FLOAT32, PackedLinear, values_of
+from bitbell.packing.layers import EXACT_IN_FLOAT32, PackedLinear, _is_plain, values_of
 from bitbell.packing.plans import input_plan
 
 COPIED_BYTES = 2**24  # of windows at a time, but for a single image's
@@ -27,6 +27,8 @@ COPIED_BYTES = 2**24  # of windows at a time, but for a single image's
 
 class PackedConv2d(PackedLinear):
     """A convolution of packed codes: a PackedLinear whose rows are filters, kernel height x kernel width x channels."""
+
+    clip = False  # whether negative outputs become 0: a ReLU that was folded in
 
     def __init__(self, geometry: Geometry, recipe: Recipe, bias: bool, device: Any = None) -> None:
         self.rotated_width, self.is_image = geometry.group_channels, True
@@ -41,6 +43,17 @@ class PackedConv2d(PackedLinear):
 
     def quantizer_input(self, x: Tensor) -> Tensor:
         return channels_last(x, self.geometry).flatten(1)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """residual: added to the outputs, which `clip` follows; see `bitbell.packing.fold`."""
+        if residual is None and not self.clip:
+            return super().forward(x)
+        layer: Any = self.native_layer() if _is_plain(x) and self._suits_native(x) else None
+        if layer is not None and (residual is None or (_is_plain(residual) and residual.dtype == torch.float32)):
+            return layer(x, residual, self.clip)
+        y = super().forward(x)
+        y = y if residual is None else y + residual
+        return y.relu() if self.clip else y
 
     def _reference(self, x: Tensor) -> Tensor:
         image, (codes, _) = channels_last(x, self.geometry), self._weights()
@@ -140,10 +153,12 @@ class _NativeConvolution:
         options: dict[str, Any] = {"plan": plan, "offset": layer.weight_offset, "bias": layer.bias}
         self.geometry, self.convolution = geometry, NativeConvolution(*codes, layer.weight_zero_point, **options)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, residual: Tensor | None = None, clip: bool = False) -> Tensor:
         image = channels_last(x.detach().float(), self.geometry)
         self.geometry.output_size(*image.shape[1:3])
-        return as_images(self.convolution(image), x).to(x.dtype)
+        if residual is not None:
+            residual = (residual if residual.dim() == 4 else residual.unsqueeze(0)).permute(0, 2, 3, 1)
+        return as_images(self.convolution(image, residual, clip), x).to(x.dtype)
 
 
 def packed_kind(module: nn.Module) -> type[PackedLinear]:

@@ -1,0 +1,144 @@
+"""Folding for inference: a packed convolution also does what follows it - batch norm, residual sum, ReLU - in one call.
+
+What follows is read off the data flow of `forward`, traced symbolically: an operation is folded only where nothing else
+uses the convolution's output. Numbers change by float rounding alone: a batch norm in evaluation mode multiplies a
+filter's scale and moves its bias. Codes and integer sums stay as they are.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from bitbell.layers import QuantConv2d
+from bitbell.packing.conv2d import PackedConv2d
+from bitbell.packing.layers import PackedLinear
+
+ADDITIONS = (operator.add, operator.iadd, torch.add)
+RELUS = (F.relu, torch.relu, torch.relu_)
+
+
+@torch.no_grad()
+def fold(model: nn.Module) -> nn.Module:
+    """A copy of a packed model for inference, channels last, its packed convolutions with what follows them folded in.
+
+    Modules whose `forward` cannot be traced stay as they are, and what is inside them is folded. Convolutions in full
+    precision take in their batch norms. The copy cannot be saved or trained; hooks of folded modules are not kept.
+
+    >>> layers = nn.Conv2d(3, 32, 3), nn.Conv2d(32, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU()
+    >>> model, images = nn.Sequential(*layers), torch.randn(2, 3, 8, 8)
+    >>> _ = bitbell.calibrate(bitbell.quantize(model, "bbq-w2a2"), images)
+    >>> packed = bitbell.pack(model.eval())
+    >>> torch.allclose(fold(packed)(images), packed(images), atol=1e-4)
+    True
+    """
+    copied = copy.deepcopy(getattr(model, "model", model)).eval().requires_grad_(False)
+    folded: Any = _fold_inside(copied)
+    return folded.to(memory_format=torch.channels_last)
+
+
+def _fold_inside(module: nn.Module) -> nn.Module:
+    if not any(isinstance(m, nn.Conv2d | PackedConv2d) for m in module.modules()) or _is_leaf(module):
+        return module
+    try:
+        graph = _Tracer().trace(module)
+    except Exception:  # whatever symbolic tracing meets in a forward that is not made for it
+        for name, child in module.named_children():
+            setattr(module, name, _fold_inside(child))
+        return module
+    traced = fx.GraphModule(module, graph)
+    for node in list(graph.nodes):
+        if isinstance(_module(traced, node), nn.Identity) and isinstance(node.args[0], fx.Node):
+            _remove(traced, node, node.args[0])
+    for node in list(graph.nodes):
+        if isinstance(_module(traced, node), nn.Conv2d | PackedConv2d):
+            _fold_convolution(traced, node)
+    graph.lint()
+    traced.delete_all_unused_submodules()
+    traced.recompile()
+    return traced
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return _is_leaf(m) or super().is_leaf_module(m, module_qualified_name)
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    return isinstance(module, PackedLinear | nn.Conv2d | nn.Linear)
+
+
+def _module(root: nn.Module, node: Any) -> nn.Module | None:
+    return root.get_submodule(str(node.target)) if isinstance(node, fx.Node) and node.op == "call_module" else None
+
+
+def _fold_convolution(traced: fx.GraphModule, node: fx.Node) -> None:
+    """Fold what follows the convolution of `node`, one operation after the other."""
+    conv: Any = _module(traced, node)
+    if len([n for n in traced.graph.nodes if n.target == node.target]) > 1 or isinstance(conv, QuantConv2d):
+        return  # used more than once, or still in training
+    follower = _only_user(node)
+    norm = _module(traced, follower)
+    if isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None and follower is not None:
+        folded = _with_norm(conv, norm) if isinstance(conv, PackedConv2d) else fuse_conv_bn_eval(conv, norm)
+        _replace_module(traced, str(node.target), folded)
+        _remove(traced, follower, node)
+    conv = _module(traced, node)
+    if not isinstance(conv, PackedConv2d):
+        return
+    follower = _only_user(node)
+    if follower is not None and _is_addition(follower, node):
+        residual = next(a for a in follower.args if a is not node)
+        with traced.graph.inserting_before(follower):
+            moved = traced.graph.call_module(str(node.target), (node.args[0], residual))
+        _remove(traced, follower, moved)
+        traced.graph.erase_node(node)
+        node = moved
+    follower = _only_user(node)
+    if follower is not None and (follower.target in RELUS or type(_module(traced, follower)) is nn.ReLU):
+        conv.clip = True
+        _remove(traced, follower, node)
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    """The one node that uses `node`, as its first argument or a summand; None where there are more."""
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _is_addition(node: fx.Node, summand: fx.Node) -> bool:
+    """Whether it adds another tensor of the graph to `summand`, and nothing else."""
+    if node.op != "call_function" or node.target not in ADDITIONS or node.kwargs or len(node.args) != 2:
+        return False
+    others = [a for a in node.args if a is not summand]
+    return len(others) == 1 and isinstance(others[0], fx.Node)
+
+
+def _remove(traced: fx.GraphModule, node: fx.Node, instead: fx.Node) -> None:
+    node.replace_all_uses_with(instead)
+    traced.graph.erase_node(node)
+
+
+def _replace_module(root: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(root.get_submodule(parent), last, module)
+
+
+def _with_norm(conv: PackedConv2d, norm: nn.BatchNorm2d) -> PackedConv2d:
+    """The convolution and then the batch norm: y * gain + shift, in the scale and the bias of each filter."""
+    of: Any = norm  # with statistics, and with or without a weight and a bias
+    gain = (of.running_var + of.eps).rsqrt()
+    gain = gain if of.weight is None else gain * of.weight
+    shift: Tensor = -of.running_mean * gain
+    shift = shift if of.bias is None else shift + of.bias
+    folded = copy.deepcopy(conv)
+    folded.weight_scale.mul_(gain.view(-1, 1))
+    if folded.weight_offset is not None:
+        folded.weight_offset.mul_(gain.view(-1, 1))
+    folded.bias = shift if conv.bias is None else conv.bias * gain + shift
+    return folded

@@ -1,0 +1,158 @@
+"""Convolutions in C++: the same outputs as plain integer arithmetic, to the last bit, on every level."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bitbell.kernels import native, pack_codes
+from bitbell.kernels.native import InputPlan
+from bitbell.kernels.native_convolution import NativeConvolution
+
+LEVELS = [name for name, why in native.level_names().items() if not why]
+WINDOWS: dict[str, dict[str, Any]] = {
+    "3x3": {"padding": (1, 1, 1, 1)},
+    "strided": {"kernel": (3, 2), "stride": (2, 3), "padding": (0, 2, 1, 0)},
+    "dilated": {"kernel": (2, 3), "dilation": (2, 2), "padding": (3, 1, 0, 2)},
+    "1x1": {"kernel": (1, 1), "stride": (2, 2)},
+    "grouped": {"groups": 2, "padding": (1, 1, 1, 1)},
+    "narrow": {"channels": 5, "outputs": 3, "kernel": (5, 4), "padding": (4, 4, 4, 4)},
+    "wide": {"channels": 530, "outputs": 70},
+    "panels": {"channels": 16, "outputs": 200, "padding": (1, 1, 1, 1)},
+}
+pytestmark = pytest.mark.skipif(not LEVELS, reason="the extension is not built")
+
+
+def window_of(name: str) -> dict[str, Any]:
+    plain = {"channels": 24, "outputs": 40, "groups": 1, "kernel": (3, 3), "stride": (1, 1), "dilation": (1, 1)}
+    return plain | {"padding": (0, 0, 0, 0)} | WINDOWS[name]
+
+
+class Problem:
+    """Random codes, and the outputs that they have by definition; x_zero and w_zero: of centred codes."""
+
+    def __init__(self, name: str, w_bits: int, x_bits: int, x_zero: float = -0.5, w_zero: float = -0.5) -> None:
+        torch.manual_seed(w_bits * 10 + x_bits)
+        self.window, self.w_bits, self.w_zero = window_of(name), w_bits, w_zero
+        group = self.window["channels"] // self.window["groups"]
+        self.columns = self.window["kernel"][0] * self.window["kernel"][1] * group
+        self.codes = torch.randint(0, 2**w_bits, (self.window["outputs"], self.columns), dtype=torch.uint8)
+        self.scale = torch.rand(self.window["outputs"]) + 0.5
+        self.bias = torch.randn(self.window["outputs"])
+        self.x = torch.randn(2, 9, 11, self.window["channels"])
+        thresholds = torch.linspace(-1, 1, 2**x_bits - 1)
+        self.plan = InputPlan(x_bits, thresholds=thresholds, step_plus=0.3, zero_point=x_zero)
+
+    def layer(self, **options: Any) -> NativeConvolution:
+        words = pack_codes(self.codes, self.w_bits)
+        how: dict[str, Any] = {"plan": self.plan, "bias": self.bias} | options
+        return NativeConvolution(words, self.w_bits, self.window, self.scale, self.w_zero, **how)
+
+    def expected(self) -> Tensor:
+        """Levels convolved in float64, zeros outside; then the two scales and the bias in float32."""
+        thresholds = self.plan.thresholds
+        assert thresholds is not None
+        x_codes = torch.searchsorted(thresholds, self.x, right=True).double() - 2 ** (self.plan.bits - 1)
+        left, right, top, bottom = self.window["padding"]
+        image = F.pad(x_codes - self.plan.zero_point, (0, 0, left, right, top, bottom)).permute(0, 3, 1, 2)
+        levels = self.codes.double() - 2 ** (self.w_bits - 1) - self.w_zero
+        filters = levels.view(len(levels), *self.window["kernel"], -1).permute(0, 3, 1, 2)
+        how = {key: self.window[key] for key in ("stride", "dilation", "groups")}
+        sums = F.conv2d(image, filters, None, **how).permute(0, 2, 3, 1)
+        return sums.float() * self.scale * 0.3 + self.bias
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("name", WINDOWS)
+@pytest.mark.parametrize("bits", [(1, 1), (2, 2), (1, 2), (3, 2), (4, 4), (8, 8)])
+def test_every_level_gives_the_outputs_of_the_definition(name: str, bits: tuple[int, int], level: str) -> None:
+    problem = Problem(name, *bits)
+    with native.using(level):
+        assert torch.equal(problem.layer()(problem.x), problem.expected())
+
+
+@pytest.mark.parametrize("zeros", [(0.0, 0.0), (-0.5, 0.0), (-0.25, -0.5), (0.3, -0.7)])
+def test_zero_points_need_not_be_halves(zeros: tuple[float, float]) -> None:
+    problem = Problem("strided", 2, 2, *zeros)
+    torch.testing.assert_close(problem.layer()(problem.x), problem.expected(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("statistic", ["rms", "absmax", "absmean"])
+@pytest.mark.parametrize("level", LEVELS)
+def test_statistics_are_those_of_an_image(statistic: str, level: str) -> None:
+    problem = Problem("3x3", 2, 2)
+    thresholds = problem.plan.thresholds
+    sizes = {"divisor": 1.0, "divisor_plus": 0.0, "step_factor": 1.0, "thresholds": thresholds, "zero_point": -0.5}
+    problem.plan = InputPlan(2, rotation=8, statistic=statistic, **sizes)
+    x = problem.x * torch.tensor([1.0, 7.0]).view(2, 1, 1, 1)
+    rows = native.rotate(x, 8).flatten(1)
+    size = {"rms": rows.square().mean(1).sqrt(), "absmax": rows.abs().amax(1), "absmean": rows.abs().mean(1)}[statistic]
+    static = Problem("3x3", 2, 2)
+    static.x = rows.view(x.shape) / size.view(2, 1, 1, 1)
+    wanted = (static.expected() - static.bias) / 0.3 * size.view(2, 1, 1, 1) + static.bias
+    with native.using(level):
+        got = problem.layer()(x)
+    off = (got - wanted).abs() > 1e-4 * wanted.abs().max()
+    assert off.float().mean() < 0.01  # a code at a threshold may turn over
+    x[1, 3, 4, 5] = torch.nan
+    bad = problem.layer()(x)
+    assert torch.equal(bad[0], problem.layer()(x[:1])[0])
+    assert bad[1].isnan().all()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_residuals_and_clipping_come_last(level: str) -> None:
+    problem = Problem("panels", 2, 2)
+    expected = problem.expected()
+    residual = torch.randn(expected.shape)
+    residual[0, 0, 0, 0] = torch.nan
+    with native.using(level):
+        layer = problem.layer()
+        torch.testing.assert_close(layer(problem.x, residual), expected + residual, equal_nan=True)
+        torch.testing.assert_close(layer(problem.x, residual, True), (expected + residual).relu(), equal_nan=True)
+        assert torch.equal(layer(problem.x, clip=True), expected.relu())
+    with native.using("portable"):  # offsets take another way
+        offset = torch.randn(problem.window["outputs"])
+        layer = problem.layer(offset=offset)
+        assert torch.equal(layer(problem.x, residual, True)[1], (layer(problem.x)[1] + residual[1]).relu())
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_change_nothing(threads: int) -> None:
+    problem = Problem("panels", 2, 2)
+    native.set_threads(threads)
+    try:
+        assert torch.equal(problem.layer()(problem.x), problem.expected())
+        assert problem.layer()(problem.x[:0]).shape == (0, 9, 11, 200)
+    finally:
+        native.set_threads(None)
+
+
+def test_nan_is_everywhere_where_all_pixels_share_one_step() -> None:
+    problem = Problem("3x3", 2, 2)
+    problem.x[0, 8, 10, 3] = torch.inf
+    assert problem.layer()(problem.x).isnan().all()
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    problem = Problem("3x3", 2, 2)
+    layer = problem.layer()
+    with pytest.raises(ValueError, match=r"x must be \(N, H, W, 24\), got \(2, 9, 11, 23\)"):
+        layer(problem.x[..., :23])
+    with pytest.raises(ValueError, match=r"residual must be \(2, 9, 11, 40\), got \(2, 9, 11, 24\)"):
+        layer(problem.x, problem.x)
+    with pytest.raises(ValueError, match=r"x must be torch\.float32 on the CPU, got torch\.float64"):
+        layer(problem.x.double())
+    with pytest.raises(ValueError, match="words must be"):
+        NativeConvolution(torch.zeros(40, 3, dtype=torch.int32), 2, problem.window, problem.scale, 0, plan=problem.plan)
+    with pytest.raises(ValueError, match="window must have channels, outputs"):
+        NativeConvolution(torch.zeros(40, 3, dtype=torch.int32), 2, {}, problem.scale, 0, plan=problem.plan)
+    problem.scale = torch.ones(3)
+    with pytest.raises(ValueError, match="scale must have 40 numbers, got 3"):
+        problem.layer()
+    small = Problem("narrow", 2, 2)
+    small.window["padding"] = (0, 0, 0, 0)
+    with pytest.raises(ValueError, match="smaller than the kernel's 5 pixels"):
+        small.layer()(small.x[:, :4])
