@@ -18,6 +18,7 @@ from unittest.mock import patch
 
 from griffe import Extension, Object
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
@@ -25,6 +26,7 @@ ROOT = Path(__file__).parent.parent
 FRONT = {"README.md": "index.md", "CHANGELOG.md": "changelog.md"}  # pages from outside docs/ -> their place on the site
 LINK = re.compile(r"(\]\()([^)#\s]+)((?:#[^)\s]*)?\))")
 FENCED = re.compile(r"(^```.*?^```$)", re.DOTALL | re.MULTILINE)
+ELSEWHERE = re.compile(r"<(?:script|link|img|iframe|source)\b[^>]*\b(?:src|href)=[\"']?(?:https?:)?//[^>]*>")
 LANGUAGES = {".py": "python", ".toml": "toml", ".cpp": "cpp", ".hpp": "cpp"}
 
 
@@ -52,6 +54,13 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     return "".join(part if index % 2 else LINK.sub(change, part) for index, part in enumerate(parts))
 
 
+def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
+    """A page fetches nothing from elsewhere when it is read: no fonts, scripts or pictures."""
+    if found := ELSEWHERE.search(output):
+        raise PluginError(f"{page.file.src_uri} would fetch {found[0]}")
+    return output
+
+
 def origin(place: str) -> str:
     """Path in the repository of what a page of the site is made from."""
     if place.startswith("source/"):
@@ -65,7 +74,7 @@ def resolved(here: str, target: str) -> str | None:
         return None
     path = posixpath.normpath(posixpath.join(posixpath.dirname(here), target))
     if not (ROOT / path).exists():
-        raise FileNotFoundError(f"{here} links to {target}, which is not there")
+        raise PluginError(f"{here} links to {target}, which is not there")
     return path
 
 
