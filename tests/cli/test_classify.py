@@ -87,6 +87,14 @@ def test_its_answers_are_those_of_evaluate(
     assert math.fsum(losses) / len(files) == pytest.approx(expected.loss, abs=1e-5)
 
 
+def test_evaluate_says_no_top_five_of_three(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", str(made.run)]) == 0
+    out = capsys.readouterr().out
+    assert "accuracy " in out
+    assert "five" not in out
+    assert "accuracy_top5" not in json.loads((made.run / "summary.json").read_text())
+
+
 def test_the_table_has_a_line_a_picture(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
     file = made.source / "valid" / "red" / "08.png"
     assert main(["classify", str(made.packed), str(file), str(file.parent), "--top", "2"]) == 0

@@ -109,6 +109,12 @@ def test_curves_are_means_over_the_seeds_at_the_steps_that_all_have(done: tuple[
     assert [event["step"] for event in mean.train] == list(range(1, 8))
     first = [run.train[0]["loss"] for run in runs]
     assert mean.train[0]["loss"] == pytest.approx(sum(first) / 2)
+    for run, shares in zip(runs, ((0.2, 0.4), (0.6, 0.8)), strict=True):
+        run.valid[:] = [{"step": 5 * n, "loss": n, "accuracy": share} for n, share in enumerate(shares, 1)]
+    assert mean_run("both", runs).valid == [
+        {"step": 5, "loss": 1.0, "accuracy": pytest.approx(0.4)},
+        {"step": 10, "loss": 2.0, "accuracy": pytest.approx(0.6)},
+    ]
 
 
 def test_pictures_say_their_numbers_in_words(done: tuple[SweepFolder, Sweep]) -> None:

@@ -62,7 +62,8 @@ def test_a_sweep_of_classifiers_records_accuracy_and_continues(image_values: dic
     assert "| accuracy (%) | spread of accuracy (of seeds) | top-5 accuracy (%) | weight entropy (bits) |" in head
     assert "accuracy 0." in said[0]
     page = (tmp_path / "out" / "index.html").read_text()
-    assert "Accuracy against bits" in page
+    for title in ("Accuracy against bits", "Loss against bits", "Accuracy over training, W2A2"):
+        assert f"<h3>{title}</h3>" in page
     assert "Each trains the preset resnet-micro on digits for 3 steps of 8 images (24)." in page
     config = json.loads((tmp_path / "out" / "runs" / "bbq-vision-w2a2-lr0.004-seed1" / "config.json").read_text())
     assert (config["augment"], config["weight_decay"], config["batch_size"]) == ("crop", 0.05, 8)
@@ -121,6 +122,7 @@ def test_data_and_preset_that_do_not_fit_stop_a_sweep_before_any_work(
     for change, message in [
         ({"data": str(small_data)}, "preset=resnet-micro is a model of images, and .* is a data set of text"),
         ({"preset": "micro"}, "preset=micro is a model of text, and .*digits is a data set of images"),
+        ({"preset": "vit-tiny"}, "image_size must be a multiple of the 16 pixels of a patch, got 8"),
         ({"data": str(tmp_path / "nowhere")}, "nowhere.*bitbell images"),
     ]:
         with pytest.raises((ValueError, FileNotFoundError), match=message):
