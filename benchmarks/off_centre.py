@@ -1,6 +1,6 @@
 """Does full precision gain from the path that an off-centre grid adds?
 
-    python benchmarks/off_centre.py --data data/kjv --out results/off-centre-path --seeds 0 1 2
+    python benchmarks/off_centre.py --preset mini --data data/kjv --out results/off-centre-path --seeds 0 1 2
 
 Moving a grid by d in the rotated domain adds d times sqrt(block) to the first channel of every block, since a rotated
 constant is a spike there. So an off-centre BBQ layer is the centred one with both operands moved along
@@ -112,6 +112,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("data/kjv"))
     parser.add_argument("--out", type=Path, default=Path("results/off-centre-path"))
+    parser.add_argument("--preset", default="tiny")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--share", type=float, default=1 / 8, help="size of the move, in units of 1.694 RMS")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -128,6 +129,7 @@ def main() -> None:
                     data=str(args.data),
                     out=str(args.out / f"{variant}-{args.share:g}-lr{rate:g}-seed{seed}"),
                     recipe="none",
+                    preset=args.preset,
                     seed=seed,
                     learning_rate=rate,
                     steps=args.steps,
