@@ -192,7 +192,7 @@ def test_a_model_that_does_not_say_how_is_told_by_its_image_set(
     file.write_text(json.dumps(config))
     picture = made.source / "valid" / "red" / "08.png"
     assert main(["classify", str(tmp_path / "old"), str(picture)]) == 1
-    assert "older bitbell). Give --data, the image set that it was trained on" in capsys.readouterr().err
+    assert "take it from the image set that it was trained on (--data)" in capsys.readouterr().err
     assert answers(capsys, tmp_path / "old", picture, "--data", made.data) == answers(capsys, made.packed, picture)
     other = prepare_images(made.source, tmp_path / "grey", size=8, channels=1)
     assert main(["classify", str(tmp_path / "old"), str(picture), "--data", str(other.path)]) == 1

@@ -133,6 +133,18 @@ def test_the_pictures_of_mistakes_are_the_pixels_of_the_data(runs: dict[str, Pat
         assert np.array_equal(np.asarray(Image.open(io.BytesIO(base64.b64decode(code)))), expected[..., 0])
 
 
+def test_runs_on_text_and_on_images_stand_in_one_report(
+    runs: dict[str, Path], make_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    page = write_report([make_run("text"), runs["bits"]], tmp_path / "out").read_text()
+    Balanced(page)
+    for title in ("Perplexity", "Accuracy", "Top-5 accuracy"):
+        assert f">{title}<" in page
+    assert 'Validation loss<span class="unit">nats</span>' in page
+    assert ">Loss (nats)</text>" in page
+    assert "Only runs of equal work are ranked against each other." in page
+
+
 def test_large_pictures_are_scaled_down(runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     run = read_run(runs["bits"])
     large = np.random.default_rng(0).integers(0, 255, (60, 200, 200, 3), dtype=np.uint8)

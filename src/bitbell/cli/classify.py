@@ -34,7 +34,7 @@ def classify(
         model: A packed image classifier, or a run.
         pictures: Image files, and folders of them, searched through and through.
         top: Classes to name for each picture, at most.
-        data: Image set to take the preparation from, for models of versions that did not store it.
+        data: Image set to take the preparation from, for models that do not say it themselves.
         batch_size: Pictures at a time; changes no answer, except under recipes with one statistic for a whole batch.
         device: auto (a GPU if there is one), cpu, cuda or cuda:N.
         as_json: Print a list with every number as JSON.
@@ -86,8 +86,7 @@ def _input_of(model: nn.Module, name: str, data: str | None) -> ImageInput:
     try:
         return image_input_of(model)
     except ValueError as error:
-        old = ". Give --data, the image set that it was trained on" if "older bitbell" in str(error) else ""
-        raise ValueError(f"{name}: {error}{old}") from None
+        raise ValueError(f"{name}: {error}") from None
 
 
 def _files_of(given: Path) -> list[Path]:

@@ -179,7 +179,10 @@ def image_input_of(model: nn.Module) -> ImageInput:
     another model, and for one whose configuration does not say it, or wrongly."""
     fields = getattr(_inner_classifier(model).config, "image_input", None)
     if fields is None:
-        raise ValueError("the model does not say how its images were prepared (it was made by an older bitbell)")
+        raise ValueError(
+            "the model's configuration does not say how its images were prepared (image_input, which `bitbell train` "
+            "leaves there); take it from the image set that it was trained on (--data)"
+        )
     try:
         return ImageInput.from_dict(fields)
     except ValueError as error:
