@@ -2,7 +2,7 @@
 
 vLLM joins layers that are fed by the same tensor (q, k and v; gate and up). A joined layer holds a PackedLinear for
 each of its parts here, which quantize their input once; their outputs are put side by side. Written for the interface
-of vLLM 0.33 and tested against an imitation of it; it has never run inside vLLM. Importing this file registers it.
+of vLLM 0.33; what was tried of it and what was not is in docs/vllm.md. Importing this file registers it.
 """
 
 from __future__ import annotations
