@@ -107,8 +107,8 @@ def modules() -> list[str]:
 
 @pytest.mark.parametrize("name", modules())
 def test_docstring_examples_run(name: str) -> None:
-    if name == "bitbell.training.torchtitan":
-        pytest.importorskip("torchtitan")
+    if guest := {"bitbell.training.torchtitan": "torchtitan", "bitbell.export.vllm_plugin": "vllm"}.get(name):
+        pytest.importorskip(guest)
     module = importlib.import_module(name)
     namespace = {"torch": importlib.import_module("torch"), **vars(module)}
     assert doctest.testmod(module, extraglobs=namespace).failed == 0
