@@ -154,5 +154,5 @@ def test_what_does_not_fit_is_refused() -> None:
         problem.layer()
     small = Problem("narrow", 2, 2)
     small.window["padding"] = (0, 0, 0, 0)
-    with pytest.raises(ValueError, match="smaller than the kernel's 5 pixels"):
+    with pytest.raises(ValueError, match="an image of 4 x 11 is smaller than the kernel, which spans 5 pixels"):
         small.layer()(small.x[:, :4])

@@ -288,3 +288,11 @@ def test_a_subclass_is_left_alone_with_the_reason() -> None:
     model = quantize(nn.Sequential(nn.Conv2d(3, 32, 1), Special(32, 32, 1), nn.Conv2d(32, 32, 1)), "bbq-w2a2")
     assert model.__dict__["kept_in_full_precision"]["1"] == "a Special is not a plain nn.Conv2d"
     assert isinstance(model[2], QuantConv2d)
+
+
+def test_a_training_step_is_one_graph() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 16, 1), nn.Conv2d(16, 16, 3, padding=1))
+    images = torch.randn(2, 3, 4, 4)
+    calibrate(quantize(model, "bbq-vision-w2a2"), images)
+    torch.compile(model.train(), backend="eager", fullgraph=True)(images).sum().backward()  # raises where it breaks
+    assert model[1].weight.grad is not None

@@ -63,7 +63,9 @@ class NativeConvolution:
         for axis, size in enumerate((height + top + bottom, width + left + right)):
             span = self.window["dilation"][axis] * (self.window["kernel"][axis] - 1) + 1
             if size < span:
-                raise ValueError(f"an image of {height} x {width}, padded, is smaller than the kernel's {span} pixels")
+                raise ValueError(
+                    f"an image of {height} x {width} is smaller than the kernel, which spans {span} pixels"
+                )
             sizes.append((size - span) // self.window["stride"][axis] + 1)
         return sizes[0], sizes[1]
 

@@ -23,6 +23,7 @@ from bitbell.quantizers import Quantized
 
 Pair = tuple[int, int]
 StepAndOffset = tuple[Tensor, Tensor | None]
+HAS_ONEDNN = torch.backends.mkldnn.is_available()  # asked once: torch.compile would break its graph at the question
 
 
 class Geometry(NamedTuple):
@@ -125,7 +126,7 @@ def convolve(x: Tensor, w: Tensor, geometry: Geometry) -> Tensor:
     image is smaller than a window.
     """
     geometry.output_size(*x.shape[1:3])
-    if x.dtype.itemsize < 4 or (x.device.type == "cpu" and torch.backends.mkldnn.is_available()):
+    if x.dtype.itemsize < 4 or (x.device.type == "cpu" and HAS_ONEDNN):
         image, padding = _pad_unevenly(x.permute(0, 3, 1, 2), geometry)
         window = geometry.stride, padding, geometry.dilation, geometry.groups
         return F.conv2d(image, _filters(w, geometry), None, *window).permute(0, 2, 3, 1)

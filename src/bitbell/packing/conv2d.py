@@ -19,7 +19,7 @@ from bitbell.kernels.native_convolution import NativeConvolution
 from bitbell.layers import Geometry, Recipe
 from bitbell.layers.convolution import as_images, channels_last, convolve, with_offsets
 from bitbell.layers.product import grid_of, levels_of
-from bitbell.packing.layers import EXACT_IN_FLOAT32, PackedLinear, _is_plain, values_of
+from bitbell.packing.layers import EXACT_IN_FLOAT32, PackedLinear, is_plain, values_of
 from bitbell.packing.plans import input_plan
 
 COPIED_BYTES = 2**24  # of windows at a time, but for a single image's
@@ -48,8 +48,8 @@ class PackedConv2d(PackedLinear):
         """residual: added to the outputs, which `clip` follows; see `bitbell.packing.fold`."""
         if residual is None and not self.clip:
             return super().forward(x)
-        layer: Any = self.native_layer() if _is_plain(x) and self._suits_native(x) else None
-        if layer is not None and (residual is None or (_is_plain(residual) and residual.dtype == torch.float32)):
+        layer: Any = self.native_layer() if is_plain(x) and self._suits_native(x) else None
+        if layer is not None and (residual is None or (is_plain(residual) and residual.dtype == torch.float32)):
             return layer(x, residual, self.clip)
         y = super().forward(x)
         y = y if residual is None else y + residual
@@ -155,7 +155,6 @@ class _NativeConvolution:
 
     def __call__(self, x: Tensor, residual: Tensor | None = None, clip: bool = False) -> Tensor:
         image = channels_last(x.detach().float(), self.geometry)
-        self.geometry.output_size(*image.shape[1:3])
         if residual is not None:
             residual = (residual if residual.dim() == 4 else residual.unsqueeze(0)).permute(0, 2, 3, 1)
         return as_images(self.convolution(image, residual, clip), x).to(x.dtype)

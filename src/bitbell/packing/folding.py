@@ -17,10 +17,13 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from bitbell.layers import QuantConv2d
+from bitbell.layers.convolution import as_images
 from bitbell.packing.conv2d import PackedConv2d
-from bitbell.packing.layers import PackedLinear
+from bitbell.packing.layers import PackedLinear, is_plain
+from bitbell.packing.model import PackedModel
 
 ADDITIONS = (operator.add, operator.iadd, torch.add)
+Step = tuple[PackedConv2d, int, int | None]
 RELUS = (F.relu, torch.relu, torch.relu_)
 
 
@@ -38,7 +41,7 @@ def fold(model: nn.Module) -> nn.Module:
     >>> torch.allclose(fold(packed)(images), packed(images), atol=1e-4)
     True
     """
-    copied = copy.deepcopy(getattr(model, "model", model)).eval().requires_grad_(False)
+    copied = copy.deepcopy(model.model if isinstance(model, PackedModel) else model).eval().requires_grad_(False)
     folded: Any = _fold_inside(copied)
     return folded.to(memory_format=torch.channels_last)
 
@@ -62,7 +65,50 @@ def _fold_inside(module: nn.Module) -> nn.Module:
     graph.lint()
     traced.delete_all_unused_submodules()
     traced.recompile()
-    return traced
+    steps = _steps(traced)
+    return traced if steps is None else _Chain(traced, steps)
+
+
+class _Chain(nn.Module):
+    """A traced module that is nothing but packed convolutions: their C++ calls one after the other.
+
+    steps: (convolution, index of its input, index of its residual or None); index 0 is the module's own input.
+    """
+
+    def __init__(self, traced: fx.GraphModule, steps: list[Step]) -> None:
+        super().__init__()
+        self.traced, self._steps = traced, steps
+        self._native: list[Any] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self._steps[0][0]
+        if x.dim() != 4 or x.dtype != torch.float32 or not first._suits_native(x) or not is_plain(x):
+            return self.traced(x)
+        if self._native is None:
+            self._native = [conv.native_layer() for conv, _, _ in self._steps]
+        if None in self._native or any(conv.geometry.mode != "zeros" for conv, _, _ in self._steps):
+            return self.traced(x)
+        images = [x.permute(0, 2, 3, 1)]
+        for layer, (conv, source, residual) in zip(self._native, self._steps, strict=True):
+            added = None if residual is None else images[residual]
+            images.append(layer.convolution(images[source], added, conv.clip))
+        return as_images(images[-1], x)
+
+
+def _steps(traced: fx.GraphModule) -> list[Step] | None:
+    """What a graph of packed convolutions alone computes, from one input to the last one's output; else None."""
+    place: dict[Any, int] = {}
+    steps: list[Step] = []
+    for node in traced.graph.nodes:
+        conv = _module(traced, node)
+        if node.op == "output" and steps and place.get(node.args[0]) == len(steps):
+            return steps
+        if isinstance(conv, PackedConv2d) and all(arg in place for arg in node.args) and not node.kwargs:
+            steps.append((conv, place[node.args[0]], place[node.args[1]] if len(node.args) > 1 else None))
+        elif node.op != "placeholder" or place:
+            return None
+        place[node] = len(place)
+    return None
 
 
 class _Tracer(fx.Tracer):
@@ -74,7 +120,7 @@ def _is_leaf(module: nn.Module) -> bool:
     return isinstance(module, PackedLinear | nn.Conv2d | nn.Linear)
 
 
-def _module(root: nn.Module, node: Any) -> nn.Module | None:
+def _module(root: nn.Module, node: object) -> nn.Module | None:
     return root.get_submodule(str(node.target)) if isinstance(node, fx.Node) and node.op == "call_module" else None
 
 
@@ -91,6 +137,9 @@ def _fold_convolution(traced: fx.GraphModule, node: fx.Node) -> None:
         _remove(traced, follower, node)
     conv = _module(traced, node)
     if not isinstance(conv, PackedConv2d):
+        relu = _module(traced, _only_user(node))
+        if type(relu) is nn.ReLU:
+            relu.inplace = True  # nobody else sees what is overwritten
         return
     follower = _only_user(node)
     if follower is not None and _is_addition(follower, node):

@@ -97,7 +97,7 @@ class PackedLinear(nn.Module, QuantizedLayer):
         if not self.is_image and x.shape[-1:] != (self.in_features,):
             this = f"{type(self).__name__}({self.extra_repr()})"
             raise ValueError(f"{this} takes inputs of shape (..., {self.in_features}), got {tuple(x.shape)}")
-        if not _is_plain(x):
+        if not is_plain(x):
             return self._reference(x)
         if gpu.suits(self, x):
             return self._by_gpu(x)
@@ -243,7 +243,7 @@ class _WithGradient(torch.autograd.Function):
         return (g.float() @ values_of(codes, scale, offset, ctx.grid)).to(ctx.dtype), *[None] * 5
 
 
-def _is_plain(x: Tensor) -> bool:
+def is_plain(x: Tensor) -> bool:
     """Whether kernels that PyTorch cannot look into may compute for `x`: nobody compiles, traces or differentiates."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or _is_transformed() or type(x) is not Tensor:
         return False
