@@ -100,6 +100,12 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
+def test_every_page_has_a_place_on_the_site() -> None:
+    places = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2].split()
+    for page in (ROOT / "docs").rglob("*.md"):
+        assert str(page.relative_to(ROOT / "docs")) in places, f"add {page.name} to nav in mkdocs.yml"
+
+
 def modules() -> list[str]:
     found = pkgutil.walk_packages(bitbell.__path__, "bitbell.")
     return [m.name for m in found]
