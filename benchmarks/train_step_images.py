@@ -1,6 +1,7 @@
 """Time of a training step of an image classifier: recipes against the same model in full precision, compiled or eager.
 
     python benchmarks/train_step_images.py --threads 1 --cpu-time
+    python benchmarks/train_step_images.py --preset one-block --threads 1 --cpu-time
     python benchmarks/train_step_images.py --preset resnet18 --size 224 --batch 4 --recipes none bbq-vision-w2a2
 
 Candidates take turns, step by step, in one process; medians and the median of ratios within a round are reported.
@@ -20,8 +21,11 @@ from torch import Tensor, nn
 from bitbell.evaluation import logits_of
 from bitbell.evaluation.loss import autocast
 from bitbell.layers import calibrate, quantize
-from bitbell.models import build_model
+from bitbell.models import IMAGE_PRESETS, ImagePreset, build_model
 from bitbell.training.loop import pick_precision
+
+# A stem, one residual block and a head, where compiling a ResNet takes too long.
+IMAGE_PRESETS["one-block"] = ImagePreset("resnet", (128,), (1,), learning_rate=1e-3)
 
 
 @dataclass
