@@ -142,9 +142,34 @@ def test_batches_and_a_resnets_images_are_of_any_size(preset: str, size: tuple[i
     assert torch.allclose(torch.from_numpy(logits), expected, atol=2e-5 * float(expected.abs().max()))
 
 
+def test_any_resnet_and_images_that_are_not_square(tmp_path: Path) -> None:
+    from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
+
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "patch_size": 8}
+    models: list[Any] = [ViTForImageClassification(ViTConfig(num_attention_heads=2, image_size=(16, 24), **sizes))]
+    models += [ResNetForImageClassification(ResNetConfig(embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1]))]
+    assert not hasattr(models[1].config, "image_size")
+    for model in models:
+        assert onnx(model.eval(), tmp_path / "model.onnx", overwrite=True).comparison is not None
+
+
+def test_a_graph_that_is_not_right_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, out = packed_model("vit-micro", "bbq-w2a2"), tmp_path / "model.onnx"
+    (tmp_path / "model.onnx.data").write_text("of a larger model that was here before")
+    written = onnx(model, out)
+    assert written.comparison is not None
+    assert written.size == out.stat().st_size
+    before = out.read_bytes()
+    monkeypatch.setattr("bitbell.export.onnx_check.LAYER_TOLERANCE", 0.0)
+    with pytest.raises(VerificationError):
+        onnx(model, out, overwrite=True)
+    assert out.read_bytes() == before
+
+
 def test_the_file_names_the_classes_and_takes_its_bits(tmp_path: Path) -> None:
     model, image_input = packed_model("resnet-micro", "bbq-vision-w2a2", channels=3), {"size": 16, "mean": [0.5] * 3}
     model.config.image_input = image_input
+    model.config.id2label = {label: LABELS[label] for label in (1, 0, 2)}  # files may have them in another order
     written = onnx(model, tmp_path / "packed.onnx")
     plain = onnx(packed_model("resnet-micro", None, channels=3), tmp_path / "plain.onnx")
     metadata = onnxruntime.InferenceSession(tmp_path / "packed.onnx").get_modelmeta().custom_metadata_map

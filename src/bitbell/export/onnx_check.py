@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # it needs the package onnx, whose absence `onnx` is to tell
 
 LAYER_TOLERANCE = 1e-5  # of a layer's largest output; integer products are closer, products of floats need it
 BETWEEN_TOLERANCE = 1e-4  # of the largest: norms, attention, activations and the head, all in float32
+ANY_SIZE = 64  # pixels of a side, for models that take any
 ROUNDING = 1e-5  # of a token's largest rotated input: how near a threshold codes may differ
 
 
@@ -183,6 +184,8 @@ def _difference(expected: Tensor, got: Tensor) -> float:
 def _random_inputs(model: Any) -> Tensor:
     config, generator = model.config, torch.Generator().manual_seed(0)
     if model.main_input_name == "pixel_values":
-        return torch.randn(2, config.num_channels, config.image_size, config.image_size, generator=generator)
+        sides = getattr(config, "image_size", ANY_SIZE)  # which a ResNet of transformers does not have
+        height, width = (sides, sides) if isinstance(sides, int) else sides
+        return torch.randn(2, config.num_channels, height, width, generator=generator)
     length = min(64, config.max_position_embeddings)
     return torch.randint(0, config.vocab_size, (2, length), generator=generator)

@@ -19,7 +19,6 @@ from torch import nn
 from bitbell.export.onnx_check import Comparison, compare
 from bitbell.export.refusals import check_target, packed_on_cpu
 from bitbell.layers import quantized_layers
-from bitbell.packing import VerificationError
 
 
 @dataclass(frozen=True)
@@ -41,15 +40,15 @@ def onnx(
     """Write `model`, a LLaMA, GPT-2, ResNet or ViT of transformers (packed, trained or in full precision), as an ONNX
     file.
 
-    cache: take and give keys and values, for decoding token by token (language models). check: run the file in
+    cache: take and give keys and values, for decoding token by token (language models). check: run the graph in
     onnxruntime on random tokens or images and compare it with the model, layer by layer (onnx_check.py); not done above
     2 GB.
     Raises ValueError (Refused) for what has no export, naming the layer and the reason, and for a file that is there
-    already; ImportError without the packages of the extra `onnx`; VerificationError where the comparison fails, and
-    then leaves no file.
+    already; ImportError without the packages of the extra `onnx`; VerificationError where the comparison fails. Only a
+    graph that has passed it is written.
     """
     _need("onnx", *(["onnxruntime"] if check else []))
-    from bitbell.export.onnx_graph import write_model
+    from bitbell.export.onnx_graph import is_large, write_model
     from bitbell.export.onnx_models import build_graph
 
     path = Path(out)
@@ -57,24 +56,20 @@ def onnx(
     inner = packed_on_cpu(model)
     graph = build_graph(inner, cache)
     made = graph.model(_metadata(inner))
+    large = is_large(made)
+    comparison = compare(inner, made, graph.watched) if check and not large else None
     path.parent.mkdir(parents=True, exist_ok=True)
     write_model(made, path)
-    beside = path.with_name(f"{path.name}.data")
-    size = path.stat().st_size + (beside.stat().st_size if beside.exists() else 0)
-    if not check or beside.exists():
-        return OnnxFile(path, size)
-    try:
-        return OnnxFile(path, size, compare(inner, made, graph.watched))
-    except VerificationError:
-        path.unlink()
-        raise
+    size = path.stat().st_size + (path.with_name(f"{path.name}.data").stat().st_size if large else 0)
+    return OnnxFile(path, size, comparison)
 
 
 def _metadata(model: Any) -> dict[str, str]:
     """Recipes; of a classifier, as JSON, the names of classes 0, 1, 2 ..., and how pictures become its inputs."""
     metadata = {"bitbell.recipes": ", ".join(sorted({layer.recipe.name for _, layer in quantized_layers(model)}))}
     if model.main_input_name == "pixel_values":
-        metadata["bitbell.labels"] = json.dumps(list(model.config.id2label.values()), ensure_ascii=False)
+        names = [model.config.id2label[label] for label in range(model.config.num_labels)]
+        metadata["bitbell.labels"] = json.dumps(names, ensure_ascii=False)
         if (image_input := getattr(model.config, "image_input", None)) is not None:  # which training says
             metadata["bitbell.image_input"] = json.dumps(image_input)
     return metadata

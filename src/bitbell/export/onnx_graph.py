@@ -113,12 +113,16 @@ class Graph:
         return made
 
 
+def is_large(model: Any) -> bool:
+    """Whether the tensors of a model need a file of their own."""
+    return sum(len(t.raw_data) for t in model.graph.initializer) > LARGEST_FILE
+
+
 def write_model(model: Any, path: Path) -> None:
     """Write a model to `path`; above 2 GB its tensors go to `path`.data. Nothing half-written takes the name."""
     partial = path.with_name(f".{path.name}.partial")
-    large = sum(len(t.raw_data) for t in model.graph.initializer) > LARGEST_FILE
     try:
-        if large:
+        if is_large(model):
             options: dict[str, Any] = {"save_as_external_data": True, "all_tensors_to_one_file": True}
             onnx.save(model, partial, location=f"{path.name}.data", **options)
         else:

@@ -148,10 +148,11 @@ def _kind_of_model(where: Path, config: dict[str, Any]) -> tuple[Any, dict[str, 
     if str(config["model_type"]) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES:
         return AutoModelForCausalLM, {}
     labels = config.get("id2label", {0: "LABEL_0", 1: "LABEL_1"})  # which transformers leaves out
-    wanted = [str(index) for index in range(len(labels))] if isinstance(labels, dict) else []
-    if not wanted or [str(key) for key in labels] != wanted or not all(isinstance(v, str) for v in labels.values()):
-        raise PackedFileError(f"{where}: id2label must name classes 0, 1, 2 ... in this order, got {str(labels)[:100]}")
-    id2label = {index: labels[key] for index, key in enumerate(labels)}
+    names = {str(key): name for key, name in labels.items()} if isinstance(labels, dict) else {}
+    wanted = [str(index) for index in range(len(names))]  # files have them in any order, often 0, 1, 10, 100 ...
+    if not names or names.keys() != set(wanted) or not all(isinstance(name, str) for name in names.values()):
+        raise PackedFileError(f"{where}: id2label must name classes 0, 1, 2 ..., got {str(labels)[:100]}")
+    id2label = {index: names[key] for index, key in enumerate(wanted)}
     return AutoModelForImageClassification, {"id2label": id2label, "label2id": {v: k for k, v in id2label.items()}}
 
 
