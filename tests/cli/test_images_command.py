@@ -28,8 +28,8 @@ def test_from_digits_to_a_verified_classifier(tmp_path: Path, capsys: pytest.Cap
     assert "accuracy" in out
     assert main(["evaluate", run, "--json"]) == 0
     assert '"accuracy_top5"' in capsys.readouterr().out
-    for model in (run, packed):
-        assert main(["generate", model, "--prompt", "a"]) == 1
+    for arguments in (["generate", run, "--prompt", "a"], ["generate", packed, "--prompt", "a"], ["bench", packed]):
+        assert main(arguments) == 1
         assert "is a ResNetForImageClassification, which makes no text" in capsys.readouterr().err
 
 

@@ -161,6 +161,9 @@ def test_other_layers_and_models_are_refused(tmp_path: Path) -> None:
     bitbell.calibrate(plain, torch.randn(4, 64))
     with pytest.raises(Refused, match="Sequential is no model of transformers"):
         compressed_tensors(plain, tmp_path / "out")
+    with pytest.raises(Refused, match="no layer of this LlamaForCausalLM is quantized"):
+        compressed_tensors(bitbell.build_model("mini", vocab_size=96), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_weight_that_reads_back_otherwise_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -322,3 +322,6 @@ def test_a_tokenizer_opens_no_file_that_it_names(tokenizer: TextTokenizer, tmp_p
         (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": wrong}))
         with pytest.raises(ValueError, match="chat_template must be a text"):
             chat_template_of(folder)
+    (folder / "chat_template.jinja").write_text(test_server.TEMPLATE)  # which comes before what the configuration says
+    (folder / "tokenizer_config.json").write_text("[]")
+    assert chat_template_of(folder).apply_chat_template(messages, tokenize=False) == "<user>hello"

@@ -21,7 +21,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "evaluate": ("commands:evaluate", "loss, perplexity, bits per byte and code entropy of a run or a packed model"),
     "classify": ("classify:classify", "the classes that a packed classifier or a run gives to pictures"),
     "pack": ("commands:pack", "a run -> a packed model in its true bits"),
-    "export": ("export:export", "a packed model -> a file for another runtime (ONNX, GGUF)"),
+    "export": ("export:export", "a packed model -> files for another runtime (ONNX, GGUF, compressed-tensors)"),
     "verify": ("commands:verify", "prove that a run and its packed model compute the same"),
     "generate": ("commands:generate", "text from a packed model or a run"),
     "serve": ("serve:serve", "an OpenAI-compatible endpoint with a web page"),

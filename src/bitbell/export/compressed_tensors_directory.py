@@ -80,6 +80,8 @@ def compressed_tensors(
         raise ValueError(f"{tokenizer} holds no {TOKENIZER_FILES[0]}; give a folder that has one, or leave it out")
     inner: Any = packed_on_cpu(model)
     linear = _linear_layers(inner)
+    if not any(True for _ in quantized_layers(inner)):
+        raise Refused(f"no layer of this {type(inner).__name__} is quantized; transformers' save_pretrained writes it")
     layers = {name: _check(name, layer, linear, transforms) for name, layer in quantized_layers(inner)}
     carried = {name: _carry(name, layer, code_bits) for name, layer in layers.items()}
     config = inner.config.to_dict() | {"architectures": [type(inner).__name__], "dtype": "float32"}

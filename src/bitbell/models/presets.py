@@ -1,9 +1,10 @@
 """Named model sizes as `transformers` configurations; bitbell has no model code of its own.
 
 The sizes are those of the BBQ and QuEST papers (non-embedding parameters; head dimension 128, untied head) and a
-`tiny` one that trains in minutes on two CPU cores; `mini` has half its width. `gpt-` presets are the papers' GPT (LayerNorm, learned positions, a
-GELU MLP of 4 widths) in the depths, widths and training settings of the LLaMA sizes. The papers' models have no biases;
-GPT-2 of `transformers` has them, starting at zero, in its linear layers and norms. `images.py` has image classifiers.
+`tiny` one that trains in minutes on two CPU cores; `mini` has half its width. `gpt-` presets are the papers' GPT
+(LayerNorm, learned positions, a GELU MLP of 4 widths) in the depths, widths and training settings of the LLaMA sizes.
+The papers' models have no biases; GPT-2 of `transformers` has them, starting at zero, in its linear layers and norms.
+`images.py` has image classifiers.
 """
 
 from __future__ import annotations

@@ -202,8 +202,9 @@ def chat_template_of(directory: str | Path) -> Any:
     try:
         config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        config = {}
-    template = config.get("chat_template") if isinstance(config, dict) else None
+        config = None
+    config = config if isinstance(config, dict) else {}
+    template = config.get("chat_template")
     if (file := folder / "chat_template.jinja").is_file():
         template = file.read_text(encoding="utf-8")
     if not template:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from bitbell.evaluation.loss import evaluation_mode
 from bitbell.kernels import native
 from bitbell.packing import PackedLinear
+from bitbell.serving.generate import check_makes_text
 from bitbell.serving.native_llama import NativeLlama, inner_model, why_not_native
 from bitbell.serving.static import StaticDecoder, why_not_static
 
@@ -97,9 +98,10 @@ def bench(
     model's modules; None takes the C++ step where it can run the model, and on a GPU a CUDA graph. threads: of C++ and
     of torch; None leaves them as they are.
 
-    Raises ValueError for counts below 1, for more tokens than the model has positions, and where the C++ step is asked
-    for and impossible.
+    Raises ValueError for a model that makes no text, for counts below 1, for more tokens than the model has positions,
+    and where the C++ step is asked for and impossible.
     """
+    check_makes_text(model)
     inner: Any = inner_model(model)
     limit = int(inner.config.max_position_embeddings)
     for name, value in (("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens), ("rounds", rounds)):

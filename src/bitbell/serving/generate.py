@@ -150,7 +150,7 @@ def check_makes_text(model: nn.Module) -> None:
     inner = inner_model(model)
     if hasattr(inner, "can_generate") and not inner.can_generate():
         raise ValueError(
-            f"the model is a {type(inner).__name__}, which makes no text; bitbell evaluate measures a classifier"
+            f"the model is a {type(inner).__name__}, which makes no text; bitbell classify asks a classifier"
         )
 
 

@@ -62,7 +62,7 @@ class TrainConfig:
     out: str
     """Run directory. If it holds an unfinished run of the same configuration, that run is continued."""
     preset: str = "tiny"
-    """Model size: tiny, 30m, 50m, 100m or 200m of LLaMA; gpt-tiny, gpt-30m ... of GPT-2; of image classifiers
+    """Model size: mini, tiny, 30m, 50m, 100m or 200m of LLaMA; gpt-tiny, gpt-30m ... of GPT-2; of image classifiers
     resnet-micro, resnet10, resnet18, vit-micro, vit-tiny or vit-small."""
     recipe: str = "bbq-w2a2"
     """What to quantize with, such as bbq-w2a2, quest-w4a4, lsq-w1a1; "none" trains in full precision."""
