@@ -823,5 +823,5 @@ assert torch.equal(packed(x), model(x)) and torch.equal(again(x), model(x))
 
 
 def test_everything_works_without_the_extension(tmp_path: Path) -> None:
-    done = python("-c", WITHOUT, str(tmp_path / "packed"), BITBELL_KERNELS="")  # not the level that this process runs on
+    done = python("-c", WITHOUT, str(tmp_path / "packed"), BITBELL_KERNELS="")  # not this process's own level
     assert done.returncode == 0, done.stderr
