@@ -7,7 +7,9 @@ import pytest
 from bitbell.cli.main import main
 
 
-def test_from_digits_to_a_verified_classifier(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_from_digits_to_a_verified_classifier(
+    tmp_path: Path, small_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("sklearn")
     data, run, packed = (str(tmp_path / name) for name in ("data", "run", "packed"))
     assert main(["images", "digits", "--out", data, "--size", "8"]) == 0
@@ -31,6 +33,10 @@ def test_from_digits_to_a_verified_classifier(tmp_path: Path, capsys: pytest.Cap
     for arguments in (["generate", run, "--prompt", "a"], ["generate", packed, "--prompt", "a"], ["bench", packed]):
         assert main(arguments) == 1
         assert "is a ResNetForImageClassification, which makes no text" in capsys.readouterr().err
+    assert main(["evaluate", packed, "--data", str(small_data)]) == 1
+    assert "is a ResNetForImageClassification, which makes no text" in capsys.readouterr().err
+    assert main(["evaluate", packed, "--data", data, "--limit", "0"]) == 1
+    assert "limit must be at least 1" in capsys.readouterr().err
 
 
 def test_skipped_images_are_named_and_mistakes_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -102,7 +102,10 @@ def evaluate(
     """
     from bitbell.data import TokenDataset, is_image_set
     from bitbell.evaluation import evaluate as run
+    from bitbell.serving.generate import check_makes_text
 
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1, or left out for everything, got limit={limit}")
     loaded, source = open_model(model, device)
     if tasks is not None:
         from bitbell.cli.tasks import evaluate_tasks
@@ -112,6 +115,7 @@ def evaluate(
     if is_image_set(_data_of(source, data)):
         return evaluate_classifier(loaded, _data_of(source, data), split, limit, batch_size, as_json)
     dataset = TokenDataset.open(_data_of(source, data))
+    check_makes_text(loaded)
     _check_tokenizer(model, dataset.path)
     positions = getattr(getattr(loaded, "config", None), "max_position_embeddings", 128)
     length = sequence_length or source.get("sequence_length", min(128, positions))
