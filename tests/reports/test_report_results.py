@@ -189,3 +189,8 @@ def test_a_deviation_is_written_to_the_decimals_of_its_mean(make_run):
 def test_shortened_names_keep_both_ends():
     assert formats.shorten("bbq-w2a2-a-long-name-seed3", 16) == "bbq-w2a2\N{HORIZONTAL ELLIPSIS}e-seed3"
     assert formats.shorten("short", 16) == "short"
+
+
+def test_methods_are_written_as_their_authors_do():
+    names = {"bbq-vision": "BBQ-Vision", "lsq-plus": "LSQ+", "n2uq": "N2UQ", "nf": "NF", None: "full precision"}
+    assert {name: formats.method(name) for name in names} == names

@@ -50,9 +50,13 @@ def megabytes(value: float | None) -> str:
     return millions(value)
 
 
+_METHODS = {None: "full precision", "bbq": "BBQ", "bbq-vision": "BBQ-Vision", "quest": "QuEST", "lsq": "LSQ"}
+_METHODS |= {"quest-fp4": "QuEST-FP4", "lsq-plus": "LSQ+", "pact": "PACT", "seq": "SEQ", "n2uq": "N2UQ", "nf": "NF"}
+
+
 def method(name: str | None) -> str:
     """A quantization method as its authors write it."""
-    return {None: "full precision", "bbq": "BBQ", "quest": "QuEST", "lsq": "LSQ"}.get(name, str(name))
+    return _METHODS.get(name, str(name))
 
 
 def plain(value: Any) -> str:
