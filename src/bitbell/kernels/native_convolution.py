@@ -69,16 +69,21 @@ class NativeConvolution:
             sizes.append((size - span) // self.window["stride"][axis] + 1)
         return sizes[0], sizes[1]
 
+    def output_shape(self, x: Tensor) -> tuple[int, int, int, int]:
+        """Of the outputs for images `x` (N, H, W, channels). Raises ValueError where they do not fit."""
+        if x.dim() != 4 or x.shape[3] != self.channels or not x.shape[1] * x.shape[2]:
+            raise ValueError(f"x must be (N, H, W, {self.channels}) with pixels, got {tuple(x.shape)}")
+        rows, columns = self.output_size(x.shape[1], x.shape[2])
+        return x.shape[0], rows, columns, self.outputs
+
     def __call__(self, x: Tensor, residual: Tensor | None = None, clip: bool = False) -> Tensor:
         """x (N, H, W, channels) float32 -> (N, rows, columns, outputs) float32.
 
         residual: of the output's shape, added to it. clip: negative outputs become 0, as by a ReLU that follows.
         """
-        if x.dim() != 4 or x.shape[3] != self.channels:
-            raise ValueError(f"x must be (N, H, W, {self.channels}), got {tuple(x.shape)}")
+        shape = self.output_shape(x)
         x = native._on_cpu("x", x, torch.float32)
         images, height, width, _ = x.shape
-        shape = (images, *self.output_size(height, width), self.outputs)
         if residual is not None:
             residual = native._on_cpu("residual", residual, torch.float32)
             if residual.shape != shape:
@@ -100,7 +105,7 @@ class NativeConvolution:
             groups = [self._fields(index, tensor) for index, tensor in enumerate(held)]
             lookups = [tensor.data_ptr() for tensor in held] if look_up else []
             made = extension.Convolution(self.window, self.plan.fields(), groups, lookups, self.tap_sums.data_ptr())
-            self._made[look_up] = made, held
+            self._made.setdefault(look_up, (made, held))  # another thread's, if it was first, may be in use
         return self._made[look_up][0]
 
     def _arranged(self, words: Tensor, look_up: bool) -> Tensor:

@@ -49,11 +49,18 @@ class PackedConv2d(PackedLinear):
         if residual is None and not self.clip:
             return super().forward(x)
         layer: Any = self.native_layer() if is_plain(x) and self._suits_native(x) else None
-        if layer is not None and (residual is None or (is_plain(residual) and residual.dtype == torch.float32)):
+        if layer is not None and (residual is None or self._suits_residual(residual, x)):
             return layer(x, residual, self.clip)
         y = super().forward(x)
         y = y if residual is None else y + residual
         return y.relu() if self.clip else y
+
+    def _suits_residual(self, residual: Tensor, x: Tensor) -> bool:
+        """Whether the C++ kernels can add it: float32 as `x` is, and of the output's shape, with nothing to broadcast."""
+        if not is_plain(residual) or not residual.dtype == x.dtype == torch.float32:
+            return False
+        size = self.geometry._replace(mode="zeros").output_size(x.shape[-2], x.shape[-1])  # edges count, whatever is there
+        return residual.shape == (*x.shape[:-3], self.out_features, *size)
 
     def _reference(self, x: Tensor) -> Tensor:
         image, (codes, _) = channels_last(x, self.geometry), self._weights()

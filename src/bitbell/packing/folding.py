@@ -8,6 +8,7 @@ filter's scale and moves its bias. Codes and integer sums stay as they are.
 from __future__ import annotations
 
 import copy
+import inspect
 import operator
 from typing import Any
 
@@ -16,13 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from bitbell.layers import QuantConv2d
 from bitbell.layers.convolution import as_images
 from bitbell.packing.conv2d import PackedConv2d
 from bitbell.packing.layers import PackedLinear, is_plain
 from bitbell.packing.model import PackedModel
 
 ADDITIONS = (operator.add, operator.iadd, torch.add)
+IN_PLACE = {getattr(operator, name) for name in dir(operator) if name.startswith("__i")} | {operator.setitem}
 Step = tuple[PackedConv2d, int, int | None]
 RELUS = (F.relu, torch.relu, torch.relu_)
 
@@ -50,7 +51,7 @@ def _fold_inside(module: nn.Module) -> nn.Module:
     if not any(isinstance(m, nn.Conv2d | PackedConv2d) for m in module.modules()) or _is_leaf(module):
         return module
     try:
-        graph = _Tracer().trace(module)
+        graph = _trace(module)
     except Exception:  # whatever symbolic tracing meets in a forward that is not made for it
         for name, child in module.named_children():
             setattr(module, name, _fold_inside(child))
@@ -67,6 +68,14 @@ def _fold_inside(module: nn.Module) -> nn.Module:
     traced.recompile()
     steps = _steps(traced)
     return traced if steps is None else _Chain(traced, steps)
+
+
+def _trace(module: nn.Module) -> fx.Graph:
+    """Raises TypeError for a `forward` with optional arguments: traced, it would take the way for all of them given."""
+    optional = [p.name for p in inspect.signature(module.forward).parameters.values() if p.default is not p.empty]
+    if optional:
+        raise TypeError(f"forward has optional arguments: {', '.join(optional)}")
+    return _Tracer().trace(module)
 
 
 class _Chain(nn.Module):
@@ -91,8 +100,14 @@ class _Chain(nn.Module):
         images = [x.permute(0, 2, 3, 1)]
         for layer, (conv, source, residual) in zip(self._native, self._steps, strict=True):
             added = None if residual is None else images[residual]
+            if added is not None and added.shape != layer.convolution.output_shape(images[source]):
+                return self.traced(x)  # which broadcasts
             images.append(layer.convolution(images[source], added, conv.clip))
         return as_images(images[-1], x)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies arrange for themselves."""
+        return self.__dict__ | {"_native": None}
 
 
 def _steps(traced: fx.GraphModule) -> list[Step] | None:
@@ -127,8 +142,10 @@ def _module(root: nn.Module, node: object) -> nn.Module | None:
 def _fold_convolution(traced: fx.GraphModule, node: fx.Node) -> None:
     """Fold what follows the convolution of `node`, one operation after the other."""
     conv: Any = _module(traced, node)
-    if len([n for n in traced.graph.nodes if n.target == node.target]) > 1 or isinstance(conv, QuantConv2d):
-        return  # used more than once, or still in training
+    if len([n for n in traced.graph.nodes if n.target == node.target]) > 1:
+        return
+    if not isinstance(conv, PackedConv2d) and (type(conv) is not nn.Conv2d or conv._forward_pre_hooks):
+        return  # still in training, or computes its weight in each call
     follower = _only_user(node)
     norm = _module(traced, follower)
     if isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None and follower is not None:
@@ -137,12 +154,13 @@ def _fold_convolution(traced: fx.GraphModule, node: fx.Node) -> None:
         _remove(traced, follower, node)
     conv = _module(traced, node)
     if not isinstance(conv, PackedConv2d):
-        relu = _module(traced, _only_user(node))
-        if type(relu) is nn.ReLU:
-            relu.inplace = True  # nobody else sees what is overwritten
+        follower = _only_user(node)
+        if follower is not None and type(_module(traced, follower)) is nn.ReLU:
+            with traced.graph.inserting_before(follower):  # nobody else sees what is overwritten
+                _remove(traced, follower, traced.graph.call_function(F.relu, (node, True)))
         return
     follower = _only_user(node)
-    if follower is not None and _is_addition(follower, node):
+    if follower is not None and _is_addition(follower, node) and not _changes_between(traced, node, follower):
         residual = next(a for a in follower.args if a is not node)
         with traced.graph.inserting_before(follower):
             moved = traced.graph.call_module(str(node.target), (node.args[0], residual))
@@ -151,7 +169,9 @@ def _fold_convolution(traced: fx.GraphModule, node: fx.Node) -> None:
         node = moved
     follower = _only_user(node)
     if follower is not None and (follower.target in RELUS or type(_module(traced, follower)) is nn.ReLU):
-        conv.clip = True
+        clipped = copy.deepcopy(conv)  # the layer may be in another graph too
+        clipped.clip = True
+        _replace_module(traced, str(node.target), clipped)
         _remove(traced, follower, node)
 
 
@@ -161,11 +181,31 @@ def _only_user(node: fx.Node) -> fx.Node | None:
 
 
 def _is_addition(node: fx.Node, summand: fx.Node) -> bool:
-    """Whether it adds another tensor of the graph to `summand`, and nothing else."""
+    """Whether it adds another tensor of the graph to `summand`, and nothing else, and changes no other in place."""
     if node.op != "call_function" or node.target not in ADDITIONS or node.kwargs or len(node.args) != 2:
+        return False
+    if node.target is operator.iadd and node.args[0] is not summand:
         return False
     others = [a for a in node.args if a is not summand]
     return len(others) == 1 and isinstance(others[0], fx.Node)
+
+
+def _changes_between(traced: fx.GraphModule, node: fx.Node, follower: fx.Node) -> bool:
+    """Whether anything is changed in place before `follower`, to which the convolution of `node` would move."""
+    between = node.next
+    while between is not follower:
+        if _is_in_place(traced, between):
+            return True
+        between = between.next
+    return False
+
+
+def _is_in_place(traced: fx.GraphModule, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return bool(getattr(_module(traced, node), "inplace", False))
+    name = str(getattr(node.target, "__name__", node.target))
+    told = node.kwargs.get("inplace") is True or "out" in node.kwargs or any(a is True for a in node.args)
+    return told or node.target in IN_PLACE or (name.endswith("_") and not name.endswith("__"))
 
 
 def _remove(traced: fx.GraphModule, node: fx.Node, instead: fx.Node) -> None:
@@ -189,5 +229,5 @@ def _with_norm(conv: PackedConv2d, norm: nn.BatchNorm2d) -> PackedConv2d:
     folded.weight_scale.mul_(gain.view(-1, 1))
     if folded.weight_offset is not None:
         folded.weight_offset.mul_(gain.view(-1, 1))
-    folded.bias = shift if conv.bias is None else conv.bias * gain + shift
+    folded.bias = (shift if conv.bias is None else conv.bias * gain + shift).float()
     return folded
