@@ -345,6 +345,10 @@ def test_an_unknown_variant_is_refused_with_a_suggestion() -> None:
         Recipe.parse("bqq-w2a2")
     with pytest.raises(ValueError, match=r"unknown method 'bbqq'.*Did you mean 'bbq'"):
         Recipe("bbqq", 2)
+    with pytest.raises(
+        ValueError, match="'bbq-vision' is a method with options; give its name whole, as 'bbq-vision-w2a2'"
+    ):
+        Recipe("bbq-vision", 2)
 
 
 @pytest.mark.parametrize(

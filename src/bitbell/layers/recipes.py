@@ -67,6 +67,8 @@ class Recipe:
     activation_method: str | None = None
 
     def __post_init__(self) -> None:
+        if self.method in VARIANTS and self.method not in METHODS:
+            raise ValueError(f"{self.method!r} is a method with options; give its name whole, as '{self.method}-w2a2'")
         if self.activation_method == _method_of_activations(self.method, None):
             object.__setattr__(self, "activation_method", None)
         if self.activations is None and (self.activation_options or self.activation_method is not None):

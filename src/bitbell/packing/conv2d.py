@@ -55,6 +55,9 @@ class PackedConv2d(PackedLinear):
         y = y if residual is None else y + residual
         return y.relu() if self.clip else y
 
+    def _suits_native(self, x: Tensor) -> bool:
+        return x.numel() > 0 and super()._suits_native(x)  # images of padding alone have no pixels to quantize
+
     def _suits_residual(self, residual: Tensor, x: Tensor) -> bool:
         """Whether the C++ kernels can add it: float32 as `x` is, and of the output's shape, with nothing to broadcast."""
         if not is_plain(residual) or not residual.dtype == x.dtype == torch.float32:

@@ -23,7 +23,8 @@ from bitbell.packing.layers import PackedLinear, is_plain
 from bitbell.packing.model import PackedModel
 
 ADDITIONS = (operator.add, operator.iadd, torch.add)
-IN_PLACE = {getattr(operator, name) for name in dir(operator) if name.startswith("__i")} | {operator.setitem}
+AUGMENTED = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow")
+IN_PLACE = {operator.setitem, *(getattr(operator, name) for name in AUGMENTED)}
 Step = tuple[PackedConv2d, int, int | None]
 RELUS = (F.relu, torch.relu, torch.relu_)
 
@@ -126,7 +127,22 @@ def _steps(traced: fx.GraphModule) -> list[Step] | None:
     return None
 
 
+class _Proxy(fx.Proxy):
+    """Keeps `x += y` and the like, which change a tensor that other names may have too; fx makes them `x = x + y`."""
+
+
+for _name in AUGMENTED:
+
+    def _augmented(self: fx.Proxy, other: Any, function: Any = getattr(operator, _name)) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    setattr(_Proxy, f"__{_name}__", _augmented)
+
+
 class _Tracer(fx.Tracer):
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return _is_leaf(m) or super().is_leaf_module(m, module_qualified_name)
 
