@@ -141,6 +141,8 @@ def test_what_does_not_fit_is_refused() -> None:
     layer = problem.layer()
     with pytest.raises(ValueError, match=r"x must be \(N, H, W, 24\), got \(2, 9, 11, 23\)"):
         layer(problem.x[..., :23])
+    with pytest.raises(ValueError, match=r"x must have pixels, got \(2, 0, 11, 24\)"):
+        layer(problem.x[:, :0])
     with pytest.raises(ValueError, match=r"residual must be \(2, 9, 11, 40\), got \(2, 9, 11, 24\)"):
         layer(problem.x, problem.x)
     with pytest.raises(ValueError, match=r"x must be torch\.float32 on the CPU, got torch\.float64"):

@@ -134,6 +134,14 @@ def test_a_native_convolution_notices_changed_tensors_and_bad_numbers() -> None:
     assert torch.equal(packed(x.to(torch.bfloat16)).isnan().any(), torch.tensor(True))
 
 
+@pytest.mark.parametrize("level", KERNELS)
+def test_an_image_of_padding_alone_gives_the_bias(level: str) -> None:
+    packed = bitbell.pack(trained("bbq-w2a2", {"padding": 2})).model.conv
+    with native.using(level):
+        got = packed(torch.randn(2, 32, 0, 3))
+    assert torch.equal(got, packed.bias.view(1, -1, 1, 1).expand(2, 16, 2, 5))
+
+
 def test_gradients_pass_through_to_what_is_before(reference_kernels: None) -> None:
     model = trained("bbq-vision-w2a4", {"padding": 1})
     packed, x = bitbell.pack(model).model.conv, torch.randn(2, 32, 7, 8)

@@ -71,8 +71,10 @@ class NativeConvolution:
 
     def output_shape(self, x: Tensor) -> tuple[int, int, int, int]:
         """Of the outputs for images `x` (N, H, W, channels). Raises ValueError where they do not fit."""
-        if x.dim() != 4 or x.shape[3] != self.channels or not x.shape[1] * x.shape[2]:
-            raise ValueError(f"x must be (N, H, W, {self.channels}) with pixels, got {tuple(x.shape)}")
+        if x.dim() != 4 or x.shape[3] != self.channels:
+            raise ValueError(f"x must be (N, H, W, {self.channels}), got {tuple(x.shape)}")
+        if not x.shape[1] * x.shape[2]:
+            raise ValueError(f"x must have pixels, got {tuple(x.shape)}")
         rows, columns = self.output_size(x.shape[1], x.shape[2])
         return x.shape[0], rows, columns, self.outputs
 

@@ -59,10 +59,11 @@ class PackedConv2d(PackedLinear):
         return x.numel() > 0 and super()._suits_native(x)  # images of padding alone have no pixels to quantize
 
     def _suits_residual(self, residual: Tensor, x: Tensor) -> bool:
-        """Whether the C++ kernels can add it: float32 as `x` is, and of the output's shape, with nothing to broadcast."""
+        """Whether the C++ kernels can add it: float32 as `x` is, and of the output's shape; nothing to broadcast."""
         if not is_plain(residual) or not residual.dtype == x.dtype == torch.float32:
             return False
-        size = self.geometry._replace(mode="zeros").output_size(x.shape[-2], x.shape[-1])  # edges count, whatever is there
+        padded = self.geometry._replace(mode="zeros")  # whatever the padding holds
+        size = padded.output_size(x.shape[-2], x.shape[-1])
         return residual.shape == (*x.shape[:-3], self.out_features, *size)
 
     def _reference(self, x: Tensor) -> Tensor:

@@ -22,9 +22,8 @@ from bitbell.packing.conv2d import PackedConv2d
 from bitbell.packing.layers import PackedLinear, is_plain
 from bitbell.packing.model import PackedModel
 
-ADDITIONS = (operator.add, operator.iadd, torch.add)
+ADDITIONS = (operator.add, torch.add)
 AUGMENTED = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow")
-IN_PLACE = {operator.setitem, *(getattr(operator, name) for name in AUGMENTED)}
 Step = tuple[PackedConv2d, int, int | None]
 RELUS = (F.relu, torch.relu, torch.relu_)
 
@@ -131,10 +130,15 @@ class _Proxy(fx.Proxy):
     """Keeps `x += y` and the like, which change a tensor that other names may have too; fx makes them `x = x + y`."""
 
 
+def _change(x: Any, other: Any, name: str) -> Any:
+    """`operator.iadd` and its like, whose own names fx prints as statements that give the new number to older nodes."""
+    return getattr(operator, name)(x, other)
+
+
 for _name in AUGMENTED:
 
-    def _augmented(self: fx.Proxy, other: Any, function: Any = getattr(operator, _name)) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", function, (self, other), {})
+    def _augmented(self: fx.Proxy, other: Any, name: str = _name) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", _change, (self, other, name), {})
 
     setattr(_Proxy, f"__{_name}__", _augmented)
 
@@ -198,9 +202,10 @@ def _only_user(node: fx.Node) -> fx.Node | None:
 
 def _is_addition(node: fx.Node, summand: fx.Node) -> bool:
     """Whether it adds another tensor of the graph to `summand`, and nothing else, and changes no other in place."""
+    if node.target is _change:
+        changed, other, name = node.args
+        return changed is summand and other is not summand and isinstance(other, fx.Node) and name == "iadd"
     if node.op != "call_function" or node.target not in ADDITIONS or node.kwargs or len(node.args) != 2:
-        return False
-    if node.target is operator.iadd and node.args[0] is not summand:
         return False
     others = [a for a in node.args if a is not summand]
     return len(others) == 1 and isinstance(others[0], fx.Node)
@@ -221,7 +226,7 @@ def _is_in_place(traced: fx.GraphModule, node: fx.Node) -> bool:
         return bool(getattr(_module(traced, node), "inplace", False))
     name = str(getattr(node.target, "__name__", node.target))
     told = node.kwargs.get("inplace") is True or "out" in node.kwargs or any(a is True for a in node.args)
-    return told or node.target in IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+    return told or node.target in (_change, operator.setitem) or (name.endswith("_") and not name.endswith("__"))
 
 
 def _remove(traced: fx.GraphModule, node: fx.Node, instead: fx.Node) -> None:
