@@ -35,6 +35,7 @@ def fold(model: nn.Module) -> nn.Module:
     Modules whose `forward` cannot be traced stay as they are, and what is inside them is folded. Convolutions in full
     precision take in their batch norms. The copy cannot be saved or trained; hooks of folded modules are not kept.
 
+    >>> import bitbell
     >>> layers = nn.Conv2d(3, 32, 3), nn.Conv2d(32, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU()
     >>> model, images = nn.Sequential(*layers), torch.randn(2, 3, 8, 8)
     >>> _ = bitbell.calibrate(bitbell.quantize(model, "bbq-w2a2"), images)
