@@ -21,8 +21,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -188,17 +189,23 @@ def main() -> None:
         peaks = {recipe: measure_peak(passed_on, name, recipe) for recipe in args.recipes}
         for candidate in candidates:
             candidate.peak_bytes = peaks[candidate.recipe]
-            candidate.step()
-            candidate.step()
-        for _ in range(args.rounds):
-            for candidate in candidates:
-                begun = clock()
-                candidate.step()
-                candidate.seconds.append(clock() - begun)
+        take_turns(candidates, args.rounds, clock)
         rows += summarize(name, candidates)
     if args.json:
         with open(args.json, "w") as file:
             json.dump(rows, file, indent=1)
+
+
+def take_turns(candidates: Sequence[Any], rounds: int, clock: Callable[[], float]) -> None:
+    """Two unmeasured steps of each candidate, then `rounds` of one measured step each, in seconds of `clock`."""
+    for candidate in candidates:
+        candidate.step()
+        candidate.step()
+    for _ in range(rounds):
+        for candidate in candidates:
+            begun = clock()
+            candidate.step()
+            candidate.seconds.append(clock() - begun)
 
 
 def summarize(name: str, candidates: list[Candidate]) -> list[dict]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from train_step import take_turns
 
 from bitbell.evaluation import logits_of
 from bitbell.evaluation.loss import autocast
@@ -79,14 +80,7 @@ def main() -> None:
     print(f"\n| recipe | mode | ms/step | x full precision |\n|{'---|' * 4}")
     for mode in args.modes:
         candidates = [make(args.preset, recipe, mode, images, labels, precision) for recipe in args.recipes]
-        for candidate in candidates:
-            candidate.step()
-            candidate.step()
-        for _ in range(args.rounds):
-            for candidate in candidates:
-                begun = clock()
-                candidate.step()
-                candidate.seconds.append(clock() - begun)
+        take_turns(candidates, args.rounds, clock)
         for candidate in candidates:
             pairs = zip(candidate.seconds, candidates[0].seconds, strict=True)
             ratio, median = statistics.median(a / b for a, b in pairs), statistics.median(candidate.seconds)

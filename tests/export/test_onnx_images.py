@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from convolution_shapes import WINDOWS
 from torch import Tensor, nn
 
 import bitbell
@@ -28,13 +29,6 @@ from bitbell.export.onnx_models import build_graph
 from bitbell.export.refusals import Refused
 
 LABELS = ["cat", "dog", "owl"]
-SHAPES: dict[str, dict[str, Any]] = {
-    "3x3": {"padding": 1},
-    "strided": {"stride": 2, "padding": (2, 1), "kernel_size": (3, 2)},
-    "uneven": {"padding": "same", "dilation": (1, 2), "kernel_size": 2},
-    "valid": {"bias": False},
-    "1x1": {"kernel_size": 1, "stride": 2},
-}
 
 
 def conv_of(recipe: str, **shape: Any) -> PackedConv2d:
@@ -66,12 +60,12 @@ RECIPES += ["bbq-w2a2:zero_point=-0.25", "bbq-w2a2:zero_point=-0.3", "bbq-w3a2:l
 RECIPES += ["lsq-w4a4", "lsq-plus-w2a2", "lsq-plus-w4a4:w.asymmetric=true", "pact-w3a3", "seq-w2a2", "n2uq-w2a2"]
 RECIPES += ["absmax-w4a4", "absmax-w8a8", "narrow-w2a2", "ternary-w2a8"]
 CASES = [(recipe, "3x3") for recipe in RECIPES]
-CASES += [(r, s) for r in ("bbq-w2a2", "lsq-plus-w4a4:w.asymmetric=true", "absmax-w8a8") for s in SHAPES if s != "3x3"]
+CASES += [(r, s) for r in ("bbq-w2a2", "lsq-plus-w4a4:w.asymmetric=true", "absmax-w8a8") for s in WINDOWS if s != "3x3"]
 
 
 @pytest.mark.parametrize(("recipe", "shape"), CASES)
 def test_a_convolution_gives_the_same_codes_and_sums_up_to_the_border(recipe: str, shape: str) -> None:
-    layer = conv_of(recipe, **SHAPES[shape])
+    layer = conv_of(recipe, **WINDOWS[shape])
     x = torch.randn(3, 32, 7, 8, generator=torch.Generator().manual_seed(2)).relu()
     found, quantizer = run_conv(layer, x.permute(0, 2, 3, 1)), layer.activation_quantizer
     assert quantizer is not None
@@ -83,10 +77,10 @@ def test_a_convolution_gives_the_same_codes_and_sums_up_to_the_border(recipe: st
     assert float((found["output"] - y)[same].abs().max() / y.abs().max()) < 1e-6
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", WINDOWS)
 @pytest.mark.parametrize("recipe", ["bbq-w1a16", "bbq-w2a16:rotation=none", "nf-w4a16", "bbq-w4a16:learn_offset=true"])
 def test_a_convolution_of_floats_gives_the_same_values(recipe: str, shape: str) -> None:
-    layer, x = conv_of(recipe, **SHAPES[shape]), torch.randn(3, 32, 7, 8, generator=torch.Generator().manual_seed(2))
+    layer, x = conv_of(recipe, **WINDOWS[shape]), torch.randn(3, 32, 7, 8, generator=torch.Generator().manual_seed(2))
     y, found = layer(x), run_conv(layer, x.permute(0, 2, 3, 1))["output"].permute(0, 3, 1, 2)
     assert float((found - y).abs().max() / y.abs().max()) < 2e-6
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from convolution_shapes import WINDOWS
 from torch import Tensor, nn
 
 import bitbell
@@ -16,12 +17,7 @@ from bitbell.packing import PackedFileError, VerificationError
 from bitbell.packing.conv2d import PackedConv2d, _NativeConvolution
 from bitbell.quantizers import METHODS
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "3x3": {"padding": 1},
-    "strided": {"stride": 2, "padding": (2, 1), "kernel_size": (3, 2)},
-    "uneven": {"padding": "same", "dilation": (1, 2), "kernel_size": 2},
-    "valid": {"bias": False},
-    "1x1": {"kernel_size": 1, "stride": 2},
+SHAPES = WINDOWS | {
     "groups": {"groups": 2, "padding": 1},
     "reflected": {"padding": 1, "padding_mode": "reflect"},
 }

@@ -78,13 +78,18 @@ def score_of(sums: list[float]) -> ClassificationScore:
 def image_batches(
     dataset: ImageDataset, split: str, batch_size: int, limit: int | None = None, start: int = 0
 ) -> Iterable[LabelledImages]:
-    """Batches of a split in a fixed order that mixes the classes: images `start` up to `limit` of it."""
+    """Batches of a split in the order of `places_of`: images `start` up to `limit` of it."""
+    places = places_of(dataset, split, limit)
+    for first in range(start, len(places), batch_size):
+        yield dataset.images(split, places[first : first + batch_size])
+
+
+def places_of(dataset: ImageDataset, split: str, limit: int | None = None) -> np.ndarray:
+    """Places in a split, (images,) int64: the first `limit` of a fixed order that mixes the classes."""
     from bitbell.data.shuffle import Permutation
 
-    order = Permutation(dataset.num_images(split), 0)
-    last = min(dataset.num_images(split), limit or dataset.num_images(split))
-    for first in range(start, last, batch_size):
-        yield dataset.images(split, order(np.arange(first, min(first + batch_size, last))))
+    total = dataset.num_images(split)
+    return Permutation(total, 0)(np.arange(min(total, limit or total)))
 
 
 def evaluate_images(

@@ -6,12 +6,11 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bitbell.evaluation.classification import fitting
+from bitbell.evaluation.classification import fitting, places_of
 from bitbell.evaluation.loss import autocast, device_of, evaluation_mode, logits_of
 
 if TYPE_CHECKING:
@@ -64,11 +63,8 @@ def predict(
 ) -> Predictions:
     """What the model takes the images of a split for: the first `limit` in the order of `evaluate_images`. Raises
     ValueError where the model is for other classes, channels or sizes than the data's."""
-    from bitbell.data.shuffle import Permutation
-
     dataset = fitting(model, dataset)
-    total = dataset.num_images(split)
-    places = Permutation(total, 0)(np.arange(min(total, limit or total)))
+    places = places_of(dataset, split, limit)
     confusion: Counter[tuple[int, int]] = Counter()
     mistakes: list[Mistake] = []
     with evaluation_mode(model), autocast(model, precision):
