@@ -54,8 +54,8 @@ def test_augmentations_mirror_and_move() -> None:
 
 
 def test_wrong_arguments_are_refused(digits: ImageDataset) -> None:
-    with pytest.raises(ValueError, match=r"augment must be one of none, crop, flip, flip\+crop, got augment='mixup'"):
-        ImageBatches(digits, batch_size=4, augment="mixup")
+    with pytest.raises(ValueError, match=r"augment must be of none, .*, joined by \+, got augment='mixap'"):
+        ImageBatches(digits, batch_size=4, augment="mixap")
     with pytest.raises(ValueError, match="got batch_size=0, rank=0, world_size=1"):
         ImageBatches(digits, batch_size=0)
     with pytest.raises(ValueError, match="got batch_size=1, rank=2, world_size=2"):

@@ -79,6 +79,71 @@ def test_fogzo_and_accumulation_work_on_images(make: Make) -> None:
     assert any("fogzo_agreement" in event for event in read_metrics(result.run / "metrics.jsonl"))
 
 
+@pytest.fixture
+def library() -> str:
+    from bitbell.data.image_libraries import find_library
+
+    try:
+        return find_library().name
+    except ValueError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("augment", ["deit", "trivialaugment+crop"])
+def test_a_stopped_run_with_a_library_goes_on_to_the_same_numbers(make: Make, augment: str, library: str) -> None:
+    options = {"preset": "resnet-micro", "augment": augment, "accumulation": 2, "label_smoothing": 0.1}
+    whole = train(make("whole", **options))
+    assert train(make("half", **options, stop_after=4)).status == "stopped"
+    continued = train(make("half", **options))
+    ours, theirs = tensors(continued.run), tensors(whole.run)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    kept = json.loads((whole.run / "config.json").read_text())
+    assert (kept["augment"], kept["augment_library"], kept["augmented_by"]) == (augment, "auto", library)
+    assert kept["versions"][library] != "not installed"
+
+
+def test_another_augmentation_or_library_is_refused_on_resume(
+    make: Make, library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"preset": "resnet-micro", "augment": "erasing"}
+    train(make(**options, stop_after=2))
+    train(make(**options, augment_library=library, stop_after=3))  # which it was anyway
+    with pytest.raises(ValueError, match="augment was 'erasing', is 'erasing:probability=1'"):
+        train(make(**(options | {"augment": "erasing:probability=1"})))
+    with pytest.raises(ValueError, match=f"augment was 'erasing', is 'flip'; augment_library was '{library}', is None"):
+        train(make(**(options | {"augment": "flip"})))
+    from bitbell.data.image_libraries import find_library
+
+    monkeypatch.setattr(type(find_library(library)), "name", "another")
+    with pytest.raises(ValueError, match=rf"\(augment_library was '{library}', is 'another'\)"):
+        train(make(**options))
+
+
+def test_the_loss_of_mixed_labels_is_that_of_their_parts(make: Make, library: str) -> None:
+    """Smoothing included: cross entropy is linear in the target."""
+    world: Any = SimpleNamespace(rank=0, size=1)
+    task = open_task(make(augment="mixup", label_smoothing=0.1), world)
+    _, soft = task.batch(0)
+    logits = torch.randn(16, 10)
+    each = torch.stack([torch.stack([task.loss(x[None], torch.tensor([y])) for y in range(10)]) for x in logits])
+    torch.testing.assert_close(task.loss(logits, soft), (each * soft).sum(1).mean())
+    assert int((soft > 0).sum()) > 16
+
+
+def test_validation_sees_images_as_they_are(make: Make, library: str) -> None:
+    result = train(make(preset="resnet-micro", recipe="none", augment="deit", label_smoothing=0.1))
+    model = load_run(result.run)[0]
+    images, labels = ImageDataset.open(make().data).images("valid", slice(None))
+    loss = torch.nn.functional.cross_entropy(model(images).logits, labels)
+    assert result.summary["loss"] == pytest.approx(loss.item(), abs=1e-5)
+
+
+def test_fogzo_probes_on_mixed_images(make: Make, library: str) -> None:
+    options: dict[str, Any] = {"steps": 2, "fogzo": True, "fogzo_start": 0.0, "preset": "resnet-micro"}
+    result = train(make(**options, recipe="bbq-w2a2", augment="mixup+cutmix", precision="bfloat16"))
+    assert any("fogzo_agreement" in event for event in read_metrics(result.run / "metrics.jsonl"))
+
+
 def test_a_bad_number_is_named(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     original, calls = ImageDataset.images, []
 
@@ -102,8 +167,15 @@ def test_data_and_preset_must_fit_each_other(make: Make, small_data: Path, tmp_p
         train(text)
     with pytest.raises(ValueError, match="image_size must be a multiple of the 16 pixels of a patch, got 8"):
         train(make(preset="vit-tiny"))
-    with pytest.raises(ValueError, match=r"augment must be one of none, crop, flip, flip\+crop, got augment='mixup'"):
-        make(augment="mixup")
+    with pytest.raises(ValueError, match=r"augment must be of none, .* Did you mean 'randaugment'"):
+        make(augment="randaugmnt")
+    with pytest.raises(
+        ValueError, match="augment_library must be auto, torchvision or kornia, got augment_library='x'"
+    ):
+        make(augment_library="x")
+    text = TrainConfig(data=str(small_data), out=str(tmp_path / "text"), preset="tiny", augment="mixup")
+    with pytest.raises(ValueError, match="augment is of images, and preset=tiny is a model of text"):
+        train(text)
     with pytest.raises(ValueError, match="label_smoothing must be from 0 up to but without 1"):
         make(label_smoothing=1.0)
 

@@ -121,6 +121,7 @@ def read_sweep(out: Path) -> tuple[Sweep, dict[str, Any]]:
 def _facts(sweep: Sweep) -> dict[str, Any]:
     """What the numbers depend on beside the sweep. Raises ValueError for a data set that is missing or not for the
     preset, and for an unknown preset."""
+    from bitbell.data.image_augmentation import library_of
     from bitbell.training.loop import dtype_name, pick_device, pick_precision
     from bitbell.training.run import data_fingerprint
     from bitbell.training.tasks import open_data
@@ -132,6 +133,7 @@ def _facts(sweep: Sweep) -> dict[str, Any]:
         "format_version": FORMAT_VERSION,
         "data_fingerprint": data_fingerprint(Path(config.data)),
         "computed_in": dtype_name(precision),
+        "augmented_by": library_of(config.augment, config.augment_library),
     }
 
 
@@ -151,6 +153,8 @@ def _check_comparable(out: Path, old: Sweep, facts: dict[str, Any], new: Sweep) 
         differ["data"] = (before.data, after.data)
     if facts.get("computed_in") != now["computed_in"]:
         differ["precision"] = (facts.get("computed_in"), now["computed_in"])
+    if facts.get("augmented_by") != now["augmented_by"]:
+        differ["augment_library"] = (facts.get("augmented_by"), now["augmented_by"])
     for label in sorted(old.methods.keys() & new.methods.keys()):
         if old.methods[label] != new.methods[label]:
             differ[f"methods.{label}"] = (old.methods[label], new.methods[label])

@@ -19,7 +19,7 @@ OWN_FIELDS = ("recipe", "rules", "seed", "learning_rate", "out", "stop_after")
 # What makes the runs of a sweep comparable: no single method may have another.
 WORK_FIELDS = (
     *("data", "preset", "steps", "batch_size", "sequence_length", "accumulation", "augment"),
-    *("final_windows", "precision"),
+    *("augment_library", "final_windows", "precision"),
 )
 TRAIN_DEFAULTS: dict[str, Any] = {"tensorboard": False, "keep_checkpoints": 1}
 FULL_PRECISION = ("none", "full-precision")

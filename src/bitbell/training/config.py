@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bitbell.data.image_batches import AUGMENTATIONS
+from bitbell.data.image_augmentation import Augmentation
+from bitbell.data.image_libraries import LIBRARIES
 
 # Fields that may change between a run's start and its resumption. Device, threads, compilation and how processes share
 # the work touch the last bits only.
@@ -28,6 +29,7 @@ FREE_FIELDS = frozenset(
         "checkpoint_every",
         "keep_checkpoints",
         "entropy_every",
+        "augment_library",  # which library it was is recorded, and compared, where one is needed
     }
     | {"tensorboard", "threads", "stop_after", "device", "compile", "distributed", "reduce_every", "low_bit_gather"}
 )
@@ -50,7 +52,7 @@ COUNTS = (
     "stop_after",
 )
 # What a run's config.json holds beside the configuration.
-RECORDED = ("versions", "data_fingerprint", "vocab_size", "images", "computed_in")
+RECORDED = ("versions", "data_fingerprint", "vocab_size", "images", "augmented_by", "computed_in")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +85,13 @@ class TrainConfig:
     sequence_length: int = 128
     """Tokens in a sequence; of no use for images."""
     augment: str = "none"
-    """Of images: crop (moved by up to an eighth), flip (half of them mirrored), flip+crop, or none."""
+    """Of images: none, or any of these joined by +. crop: moved by up to an eighth; flip: half of them mirrored;
+    resized-crop; randaugment or trivialaugment; erasing; mixup and cutmix (one of them for each batch). Options follow
+    a colon: resized-crop:scale=0.3+randaugment:operations=2,magnitude=9. imagenet is resized-crop+flip; deit is
+    resized-crop+flip+randaugment+erasing+mixup+cutmix."""
+    augment_library: str = "auto"
+    """What augments beyond crop and flip: torchvision, kornia, or auto: torchvision where it loads, else kornia. They
+    draw different numbers, so that a run goes on with the one that it began with."""
     label_smoothing: float = 0.0
     """Of images: share of the target that is spread over all classes."""
     accumulation: int = 1
@@ -167,7 +175,9 @@ class TrainConfig:
         _check(self, "compact", self.integer_forward or not self.compact, "left out without integer_forward")
         _check(self, "weight_decay", 0 <= self.weight_decay < math.inf, "0 or more")
         _check(self, "clip", self.clip > 0, "positive")
-        _check(self, "augment", self.augment in AUGMENTATIONS, f"one of {', '.join(AUGMENTATIONS)}")
+        Augmentation.parse(self.augment)
+        known = self.augment_library in ("auto", *LIBRARIES)
+        _check(self, "augment_library", known, f"auto, {' or '.join(LIBRARIES)}")
         _check(self, "label_smoothing", 0 <= self.label_smoothing < 1, "from 0 up to but without 1")
         for name in ("beta1", "beta2"):
             _check(self, name, 0 <= getattr(self, name) < 1, "from 0 up to but without 1")

@@ -83,6 +83,8 @@ def _train(config: TrainConfig, progress: Progress, world: World) -> TrainingRes
     out = Path(config.out)
     if config.distributed == "fsdp" and world.size == 1:
         progress.say("one process has nothing to shard: --distributed fsdp is for several (torchrun)")
+    if "augmented_by" in task.facts:
+        progress.say(f"images are augmented by {task.facts['augmented_by']}")
     with world.held_by_first(lambda: lock_run(out)):
         if world.first(lambda: (out / "summary.json").exists()):
             run = world.first(lambda: open_run(config, task.facts, dtype_name(precision)))

@@ -44,6 +44,8 @@ def open_run(config: TrainConfig, facts: Mapping[str, Any], computed_in: str) ->
             differ["data"] = (old.data, config.data)
         if found.get("computed_in") != computed_in:
             differ["precision"] = (found.get("computed_in"), computed_in)
+        if found.get("augmented_by") != facts.get("augmented_by"):
+            differ["augment_library"] = (found.get("augmented_by"), facts.get("augmented_by"))
         if differ and _has_begun(run):
             listed = "; ".join(f"{name} was {mine!r}, is {theirs!r}" for name, (mine, theirs) in differ.items())
             raise ValueError(
@@ -191,7 +193,7 @@ def versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     found = {"python": platform.python_version()}
-    for name in ("bitbell", "torch", "transformers", "tokenizers"):
+    for name in ("bitbell", "torch", "transformers", "tokenizers", "torchvision", "kornia"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -80,6 +80,8 @@ def open_data(config: TrainConfig) -> TokenDataset | ImageDataset:
         wanted, there = ("images", "text") if is_for_images else ("text", "images")
         raise ValueError(f"preset={config.preset} is a model of {wanted}, and {config.data} is a data set of {there}")
     if not isinstance(preset, ImagePreset):
+        if config.augment != "none":
+            raise ValueError(f"augment is of images, and preset={config.preset} is a model of text: leave it out")
         return TokenDataset.open(config.data)
     dataset = ImageDataset.open(config.data)
     check_image_size(preset, dataset.size)
@@ -152,15 +154,19 @@ class Classification(Task):
     def __init__(self, config: TrainConfig, world: World, dataset: ImageDataset) -> None:
         check_shares(config, world)
         self.config, self.world, self.dataset = config, world, dataset
-        self.facts = {"images": {"classes": list(self.dataset.classes), **self.dataset.input.to_dict()}}
         self._share = config.batch_size // world.size
-        options: dict[str, Any] = {"batch_size": self._share, "augment": config.augment, "seed": config.seed}
+        options: dict[str, Any] = {"batch_size": self._share, "seed": config.seed}
+        options |= {"augment": config.augment, "library": config.augment_library}
         self._batches = ImageBatches(self.dataset, **options, rank=world.rank, world_size=world.size)
+        self.facts = {"images": {"classes": list(self.dataset.classes), **self.dataset.input.to_dict()}}
+        if self._batches.library is not None:
+            self.facts["augmented_by"] = self._batches.library
 
     def batch(self, index: int) -> Batch:
         return self._batches.batch(index)
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Cross entropy with classes, or with mixed ones (N, classes); smoothing spreads a share of either evenly."""
         return F.cross_entropy(logits.float(), targets, label_smoothing=self.config.label_smoothing)
 
     def measure(self, model: nn.Module, limit: int, precision: torch.dtype) -> Measured:
