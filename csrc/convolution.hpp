@@ -1,6 +1,8 @@
 // Convolutions on packed weights, over all threads. Every pixel is quantized once; windows of codes are then copied a strip at a
 // time and multiplied as rows of a linear layer are, or, where the kernels have look-ups, summed where they lie.
 #pragma once
+#include <memory>
+#include <mutex>
 #include <vector>
 
 #include "kernels.hpp"
@@ -22,6 +24,8 @@ struct Window {
   int64_t columns(int64_t width) const { return (padded_width(width) - dilation_w * (kernel_w - 1) - 1) / stride_w + 1; }
 };
 
+struct WindowKinds;
+
 // A convolution's weights and what turns sums into outputs. Pointers are borrowed.
 struct Convolution {
   Window window;
@@ -29,6 +33,21 @@ struct Convolution {
   std::vector<Weights> groups;      // data: null where there are only look-ups; sums: not read
   std::vector<const uint8_t*> lookups;  // of each group, as arrange_triples makes them; empty: none
   const int32_t* tap_sums = nullptr;  // (taps, outputs): sums of unsigned codes
+
+  mutable std::mutex guard;  // of what follows
+  mutable std::shared_ptr<const WindowKinds> kinds;
+};
+
+// x (images, height, width, channels) -> y (images, rows, columns, outputs). residual: of y's shape, added to it, or null;
+// clip: negative outputs become 0.
+struct ConvolutionCall {
+  const float* x = nullptr;
+  int64_t images = 0, height = 0, width = 0;
+  bool again = false;  // x is unchanged since this thread's last call, whose plan was equal: it need not be quantized again
+  const float* residual = nullptr;
+  bool clip = false;
+  float* y = nullptr;
+  int threads = 1;
 };
 
 // Whether products of these codes may be looked up.
@@ -40,9 +59,7 @@ void arrange_triples(const Window& window, const uint32_t* words, int bits, uint
 // (taps, rows) sums of unsigned codes of packed codes (rows, words of k codes); from row to row of the result: `stride`.
 void sum_taps(const Window& window, const uint32_t* words, int64_t rows, int bits, int32_t* out, int64_t stride);
 
-// x (images, height, width, channels) -> y (images, rows, columns, outputs). residual: of y's shape, added to it, or null;
-// clip: negative outputs become 0. Not by look-up unless the kernels and the layer have them.
-void convolution(const Kernels& kernels, const Convolution& layer, const float* x, int64_t images, int64_t height, int64_t width,
-                 const float* residual, bool clip, float* y, int threads);
+// Not by look-up unless the kernels and the layer have them.
+void convolution(const Kernels& kernels, const Convolution& layer, const ConvolutionCall& call);
 
 }  // namespace bitbell

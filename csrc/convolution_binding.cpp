@@ -50,12 +50,12 @@ class NativeConvolution {
       throw std::invalid_argument("there must be weights, or weights and look-ups, of each group");
   }
 
-  // x (images, height, width, channels) float32 -> y; residual: of the shape of y, or 0.
-  void forward(const std::string& level, Address x, int64_t images, int64_t height, int64_t width, Address residual, bool clip, Address y,
-               int threads) const {
+  // x (images, height, width, channels) float32 -> y; residual: of the shape of y, or 0. again: see ConvolutionCall.
+  void forward(const std::string& level, Address x, int64_t images, int64_t height, int64_t width, bool again, Address residual, bool clip,
+               Address y, int threads) const {
     const Kernels& kernels = kernels_of(level);
     nb::gil_scoped_release release;
-    convolution(kernels, layer_, at<float>(x), images, height, width, at<float>(residual), clip, at<float>(y), threads);
+    convolution(kernels, layer_, {at<float>(x), images, height, width, again, at<float>(residual), clip, at<float>(y), threads});
   }
 
  private:

@@ -54,6 +54,7 @@ struct InputPlan {
   const float* thresholds = nullptr;  // (2**bits - 1) rising; null: code = clip(round(v - 1/2))
   double zero_point = 0;              // of the centred codes
   float offset = 0;                   // added to every value
+  bool finite = false;                // the input is known to hold neither NaN nor infinity
 };
 
 // Codes of `rows` inputs, and what the products need of them.
@@ -135,13 +136,26 @@ struct Run {
   int64_t x = 0, triples = 0;  // where it begins in the inputs, from the window's first; a multiple of kTripleStep
 };
 
+// acc[m][64 * panels] = first, or += where `add`, the sums (and kTripleBias a triple) of the runs of m windows that begin at
+// x[m]. Beyond a run 4 addresses more may be read.
+struct LookupProduct {
+  const uint8_t* w = nullptr;
+  int panels = 1;
+  const Run* runs = nullptr;
+  int64_t count = 0;  // of runs
+  const uint16_t* const* x = nullptr;
+  int64_t m = 0;
+  int32_t first = 0;
+  bool add = false;
+  int32_t* acc = nullptr;
+  const OutputRows* finish = nullptr;  // of the m windows, which are then complete; or null
+  const InputPlan* plan = nullptr;
+};
+
 struct LookupKernels {
   // Table addresses (triples_of(count)) of `count` centred codes; 64 bytes from every code on may be read.
   void (*triples)(const int8_t* codes, int64_t count, uint16_t* out);
-  // acc[m][64 * panels] = first, or += where `add`, the sums (and kTripleBias a triple) of the runs of m windows that begin at
-  // x[m]. Beyond a run 4 addresses more may be read.
-  void (*product)(const uint8_t* w, int panels, const Run* runs, int64_t count, const uint16_t* const* x, int64_t m, int32_t first, bool add,
-                  int32_t* acc);
+  void (*product)(const LookupProduct& product);
 };
 
 // One instruction set's functions. `panel` points to one panel of weights; k is padded_k(k) throughout.

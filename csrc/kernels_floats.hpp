@@ -69,12 +69,12 @@ INLINE int32_t sum_of(I16 v) {
 
 // ---------------------------------------------------------------------------------------------------- rotation
 
-// v[i ^ s] + v[i] in lanes without bit s, v[i ^ s] - v[i] in lanes with it.
+// v[i ^ s] + v[i] in lanes without bit s, v[i ^ s] - v[i] in lanes with it. A product by 1 or -1 is not rounded.
 template <int s>
 INLINE F16 butterfly(F16 v) {
-  int32_t flip[16];
-  for (int i = 0; i < 16; i++) flip[i] = i & s ? INT32_MIN : 0;
-  return partners<s>(v) + as_floats(as_integers(v) ^ load_lanes(flip));
+  float sign[16];
+  for (int i = 0; i < 16; i++) sign[i] = i & s ? -1.0f : 1.0f;
+  return multiply_add(v, load(sign), partners<s>(v));
 }
 
 // `kVectors` vectors hold one block, or several small ones; `block` as far as it lies within a vector.
@@ -287,7 +287,7 @@ void quantize(const InputPlan& plan, const float* x, int64_t k, int8_t* codes, f
   float size = plan.statistic == Statistic::none ? 0 : size_of(plan.statistic, gather(plan.statistic, h, k), k);
   if (size < plan.smallest) size = plan.smallest;
   const float divisor = size * plan.divisor + plan.divisor_plus;
-  *step = size * plan.step_factor + plan.step_plus + trace_of_nan(h, padded);
+  *step = size * plan.step_factor + plan.step_plus + (plan.finite ? 0.0f : trace_of_nan(h, padded));
   if (!plan.thresholds) *sum = round_uniform(h, padded, divisor, plan.bits, codes);
   else if (plan.bits == 1) *sum = count_thresholds<1>(h, padded, plan.thresholds, divisor, codes);
   else if (plan.bits == 2) *sum = count_thresholds<3>(h, padded, plan.thresholds, divisor, codes);
@@ -334,39 +334,72 @@ bool fits_quarters(const Weights& w, int64_t k, const InputPlan& plan) {
   return halves && 4 * static_cast<double>(k) * (x + std::fabs(zx)) * (codes + std::fabs(zw)) < INT32_MAX;
 }
 
-// One row's outputs as `finish` has them, without offsets, for multiples of 16.
-INLINE void finish_quarters(const Weights& w, const int32_t* acc, int64_t row, int64_t count, int32_t plus, int32_t zero, float step,
-                            const float* residual, bool clip, float* y) {
-  for (int64_t i = 0; i < count; i += 16) {
-    const I16 total = load_lanes(acc + i) * 4 + (plus - zero * load_lanes(w.sums + row + i));
-    F16 v = convert<float>(total) * load(w.scale + row + i) * step;  // a quarter of the step: exact, wherever it is put
-    if (w.bias) v += load(w.bias + row + i);
-    if (residual) v += load(residual + i);
-    store(y + i, clip ? select(v < all(0), all(0), v) : v);
-  }
-}
+// What turns sums into outputs in integers, as far as that is exact, four times as large; the same for all rows.
+struct Quarters {
+  bool fit;
+  int32_t both, zero_w, zero_x;
+  float step;  // a quarter of it: exact, wherever it is put
+};
 
-void finish_rows(const OutputRows& rows, const InputPlan& plan) {
+Quarters quarters_of(const OutputRows& rows, const InputPlan& plan) {
   int64_t most = 0;
   for (int64_t i = 0; i < rows.m; i++) most = rows.weights[i]->k > most ? rows.weights[i]->k : most;
   const Weights& any = *rows.weights[0];
-  const bool quarters = rows.count % 16 == 0 && plan.offset == 0 && !any.offset && fits_quarters(any, most, plan);
-  const int32_t both = static_cast<int32_t>(4 * plan.zero_point * any.zero_point), zero_w = static_cast<int32_t>(4 * any.zero_point),
-                zero_x = static_cast<int32_t>(4 * plan.zero_point);
-  for (int64_t i = 0; i < rows.m; i++) {
+  const bool fit = rows.count % 16 == 0 && plan.offset == 0 && !any.offset && fits_quarters(any, most, plan);
+  if (!fit) return {};
+  return {fit, static_cast<int32_t>(4 * plan.zero_point * any.zero_point), static_cast<int32_t>(4 * any.zero_point),
+          static_cast<int32_t>(4 * plan.zero_point), rows.step * 0.25f};
+}
+
+// kVectors vectors of one row's outputs as `finish` has them, without offsets.
+template <int kVectors>
+INLINE void finish_quarters(const Weights& w, const Quarters& q, const int32_t* acc, int64_t row, int32_t plus, const float* residual, bool clip,
+                            float* y) {
+  F16 v[kVectors];
+#pragma GCC unroll 4
+  for (int i = 0; i < kVectors; i++) {
+    const I16 total = load_lanes(acc + 16 * i) * 4 + (plus - q.zero_x * load_lanes(w.sums + row + 16 * i));
+    v[i] = convert<float>(total) * load(w.scale + row + 16 * i) * q.step;
+  }
+  if (w.bias) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; i++) v[i] += load(w.bias + row + 16 * i);
+  }
+  if (residual) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; i++) v[i] += load(residual + 16 * i);
+  }
+  if (clip) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; i++) v[i] = select(v[i] < all(0), all(0), v[i]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < kVectors; i++) store(y + 16 * i, v[i]);
+}
+
+// Rows [begin, end) of an OutputRows; acc begins with the first of them.
+void finish_some(const OutputRows& rows, const InputPlan& plan, const Quarters& q, int64_t begin, int64_t end, const int32_t* acc) {
+  for (int64_t i = begin; i < end; i++, acc += rows.acc_stride) {
     const Weights& w = *rows.weights[i];
-    const int32_t* acc = rows.acc + i * rows.acc_stride;
     const float* residual = rows.residual ? rows.residual + i * rows.y_stride : nullptr;
     float* y = rows.y + i * rows.y_stride;
-    if (quarters) {
-      const int32_t plus = static_cast<int32_t>(w.k) * both - zero_w * rows.sums[i];
-      finish_quarters(w, acc, rows.row, rows.count, plus, zero_x, rows.step * 0.25f, residual, rows.clip, y);
+    if (q.fit) {
+      const int32_t plus = static_cast<int32_t>(w.k) * q.both - q.zero_w * rows.sums[i];
+      int64_t j = 0;
+      for (; j + 64 <= rows.count; j += 64)
+        finish_quarters<4>(w, q, acc + j, rows.row + j, plus, residual ? residual + j : nullptr, rows.clip, y + j);
+      for (; j < rows.count; j += 16)
+        finish_quarters<1>(w, q, acc + j, rows.row + j, plus, residual ? residual + j : nullptr, rows.clip, y + j);
       continue;
     }
     finish(w, plan, acc, rows.row, rows.count, rows.step, rows.sums[i], y);
     for (int64_t j = 0; residual && j < rows.count; j++) y[j] += residual[j];
     for (int64_t j = 0; rows.clip && j < rows.count; j++) y[j] = y[j] < 0 ? 0 : y[j];
   }
+}
+
+void finish_rows(const OutputRows& rows, const InputPlan& plan) {
+  finish_some(rows, plan, quarters_of(rows, plan), 0, rows.m, rows.acc);
 }
 
 // ---------------------------------------------------------------------------------------------- products of floats

@@ -55,7 +55,9 @@ INLINE void add_four(const uint8_t* table, const uint8_t* w, const uint16_t* con
     for (int p = 0; p < kPanels; p++) i[p] = _mm512_loadu_si512(w + 64 * (kPanels * j + p));
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; r++) {
-      const __m512i sums = _mm512_load_si512(table + (four[r] >> (16 * j) & 0xffff));
+      const __m512i sums = _mm512_load_si512(table + static_cast<uint16_t>(four[r]));
+      four[r] >>= 16;
+      if (kPanels == 1) asm volatile("" : "+r"(four[r]));
 #pragma GCC unroll 2
       for (int p = 0; p < kPanels; p++) {
         const __m512i found = _mm512_permutexvar_epi8(i[p], sums);
@@ -119,20 +121,36 @@ void lookup_tile(const uint8_t* w, const Run* runs, int64_t count, const uint16_
     }
 }
 
-template <int kPanels>
-void lookup_tiles(const uint8_t* w, const Run* runs, int64_t count, const uint16_t* const* x, int64_t m, int32_t first, bool add,
-    int32_t* acc) {
-  constexpr int kRows = 8 / kPanels;
-  int64_t i = 0;
-  for (; i + kRows <= m; i += kRows) lookup_tile<kRows, kPanels>(w, runs, count, x + i, first, add, acc + i * kPanels * kPanelRows);
-  for (; i + 2 <= m; i += 2) lookup_tile<2, kPanels>(w, runs, count, x + i, first, add, acc + i * kPanels * kPanelRows);
-  if (i < m) lookup_tile<1, kPanels>(w, runs, count, x + i, first, add, acc + i * kPanels * kPanelRows);
+// Asks for what a window's outputs are made of while its sums are looked up.
+INLINE void prefetch_outputs(const OutputRows& rows, int64_t i) {
+  for (int64_t j = 0; j < rows.count; j += 16) {
+    __builtin_prefetch(rows.y + i * rows.y_stride + j, 1);
+    if (rows.residual) __builtin_prefetch(rows.residual + i * rows.y_stride + j);
+  }
 }
 
-void lookup_product(const uint8_t* w, int panels, const Run* runs, int64_t count, const uint16_t* const* x, int64_t m, int32_t first, bool add,
-    int32_t* acc) {
-  if (panels == 2) lookup_tiles<2>(w, runs, count, x, m, first, add, acc);
-  else lookup_tiles<1>(w, runs, count, x, m, first, add, acc);
+template <int kRows, int kPanels>
+INLINE void lookup_rows(const LookupProduct& p, const Quarters& quarters, int64_t i) {
+  constexpr int64_t kStride = kPanels * kPanelRows;
+  int32_t* acc = p.acc + i * kStride;
+  for (int64_t r = 0; p.finish && r < kRows; r++) prefetch_outputs(*p.finish, i + r);
+  lookup_tile<kRows, kPanels>(p.w, p.runs, p.count, p.x + i, p.first, p.add, acc);
+  if (p.finish) finish_some(*p.finish, *p.plan, quarters, i, i + kRows, acc);
+}
+
+template <int kPanels>
+void lookup_tiles(const LookupProduct& p) {
+  constexpr int kRows = 8 / kPanels;
+  const Quarters quarters = p.finish ? quarters_of(*p.finish, *p.plan) : Quarters{};
+  int64_t i = 0;
+  for (; i + kRows <= p.m; i += kRows) lookup_rows<kRows, kPanels>(p, quarters, i);
+  for (; i + 2 <= p.m; i += 2) lookup_rows<2, kPanels>(p, quarters, i);
+  if (i < p.m) lookup_rows<1, kPanels>(p, quarters, i);
+}
+
+void lookup_product(const LookupProduct& p) {
+  if (p.panels == 2) lookup_tiles<2>(p);
+  else lookup_tiles<1>(p);
 }
 
 constexpr LookupKernels kLookups = {triples, lookup_product};

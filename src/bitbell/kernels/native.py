@@ -75,6 +75,12 @@ class InputPlan:
             raise ValueError(f"thresholds must be {wanted} float32 numbers on the CPU, got {got}")
         object.__setattr__(self, "thresholds", t.contiguous())  # what the kernels read lies together
 
+    def same_as(self, other: InputPlan) -> bool:
+        """Whether both choose the same codes and steps for every row."""
+        mine, others = ({**plan.__dict__, "thresholds": None} for plan in (self, other))
+        a, b = self.thresholds, other.thresholds
+        return mine == others and (a is b or (a is not None and b is not None and torch.equal(a, b)))
+
     def fields(self) -> dict[str, Any]:
         """What the extension takes. Addresses are those of tensors of this plan, which must outlive their use."""
         return self.__dict__ | {

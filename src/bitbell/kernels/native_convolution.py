@@ -78,10 +78,12 @@ class NativeConvolution:
         rows, columns = self.output_size(x.shape[1], x.shape[2])
         return x.shape[0], rows, columns, self.outputs
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None, clip: bool = False) -> Tensor:
+    def __call__(self, x: Tensor, residual: Tensor | None = None, clip: bool = False, again: bool = False) -> Tensor:
         """x (N, H, W, channels) float32 -> (N, rows, columns, outputs) float32.
 
         residual: of the output's shape, added to it. clip: negative outputs become 0, as by a ReLU that follows.
+        again: `x` is what this thread's last call had, unchanged, and `plan.same_as` that call's: its codes serve
+        again.
         """
         shape = self.output_shape(x)
         x = native._on_cpu("x", x, torch.float32)
@@ -93,7 +95,7 @@ class NativeConvolution:
         y = torch.empty(shape, **native.FLOATS)
         if images:
             added = 0 if residual is None else residual.data_ptr()
-            places = x.data_ptr(), images, height, width, added, clip, y.data_ptr()
+            places = x.data_ptr(), images, height, width, again, added, clip, y.data_ptr()
             self._layer().forward(native.level(), *places, native.threads())
         return y
 

@@ -89,6 +89,7 @@ class _Chain(nn.Module):
         super().__init__()
         self.traced, self._steps = traced, steps
         self._native: list[Any] | None = None
+        self._again: list[bool] = []
 
     def forward(self, x: Tensor) -> Tensor:
         first = self._steps[0][0]
@@ -96,15 +97,23 @@ class _Chain(nn.Module):
             return self.traced(x)
         if self._native is None:
             self._native = [conv.native_layer() for conv, _, _ in self._steps]
+            self._again = [self._reads_again(i) for i in range(len(self._steps))]
         if None in self._native or any(conv.geometry.mode != "zeros" for conv, _, _ in self._steps):
             return self.traced(x)
         images = [x.permute(0, 2, 3, 1)]
-        for layer, (conv, source, residual) in zip(self._native, self._steps, strict=True):
+        for layer, again, (conv, source, residual) in zip(self._native, self._again, self._steps, strict=True):
             added = None if residual is None else images[residual]
             if added is not None and added.shape != layer.convolution.output_shape(images[source]):
                 return self.traced(x)  # which broadcasts
-            images.append(layer.convolution(images[source], added, conv.clip))
+            images.append(layer.convolution(images[source], added, conv.clip, again))
         return as_images(images[-1], x)
+
+    def _reads_again(self, step: int) -> bool:
+        """Whether a convolution quantizes the very images of the one before it, and by an equal plan."""
+        both = [] if self._native is None or not step else self._native[step - 1 : step + 1]
+        if len(both) < 2 or None in both or self._steps[step][1] != self._steps[step - 1][1]:
+            return False
+        return both[0].convolution.plan.same_as(both[1].convolution.plan)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies arrange for themselves."""
