@@ -118,6 +118,25 @@ class _Torchvision(Library):
         return self._v2.CutMix(alpha=alpha, num_classes=classes)
 
 
+# The operations of RandAugment's paper (table 6 there), from no change to the strongest, for kornia. Its own list has others,
+# shears by 54 degrees where a factor of 0.3 is meant (17), and in TrivialAugment makes one image of fifty black. Its
+# brightness is added where the papers' is multiplied, as its contrast is: half the range, so that something is left.
+_STRENGTHS = {
+    "auto_contrast": (0, 1),
+    "equalize": (0, 1),
+    "rotate": (-30.0, 30.0),
+    "posterize": (4.0, 8.0),
+    "color": (0.1, 1.9),
+    "contrast": (0.1, 1.9),
+    "brightness": (0.55, 1.45),
+    "sharpness": (0.1, 1.9),
+    "shear_x": (-0.093, 0.093),
+    "shear_y": (-0.093, 0.093),
+    "translate_x": (-0.45, 0.45),
+    "translate_y": (-0.45, 0.45),
+}
+
+
 class _Kornia(Library):
     """kornia.augmentation, with its own settings where nothing else is said."""
 
@@ -135,10 +154,11 @@ class _Kornia(Library):
         return _of_batches(self._of.RandomResizedCrop((size, size), scale=(scale, 1.0)))
 
     def randaugment(self, operations: int, magnitude: int) -> Operation:
-        return _in_colour(_of_batches(self._of.auto.RandAugment(n=operations, m=magnitude)))
+        threshold = 1 - magnitude / 30  # what is above is inverted: kornia would begin with the strongest
+        return _in_colour(_of_batches(self._of.auto.RandAugment(operations, magnitude, _policy(threshold, threshold))))
 
     def trivialaugment(self) -> Operation:
-        return _in_colour(_of_batches(self._of.auto.TrivialAugment()))
+        return _in_colour(_of_batches(self._of.auto.TrivialAugment(_policy(0.0, 1.0))))
 
     def erasing(self, probability: float) -> Operation:
         return _of_batches(self._of.RandomErasing(p=probability))
@@ -170,6 +190,12 @@ class _Kornia(Library):
             return mixed, _soft(found[0, :, 0], found[0, :, 1], found[0, :, 2], classes)
 
         return mix
+
+
+def _policy(low: float, high: float) -> list[list[tuple[str, float, float]]]:
+    """The list for kornia, with thresholds of solarize from `low` to `high`, and one operation that changes nothing."""
+    rest = ("solarize", (low, high)), ("brightness", (1.0, 1.0))
+    return [[(name, *limits)] for name, limits in (*_STRENGTHS.items(), *rest)]
 
 
 def _of_batches(operation: Any) -> Operation:
