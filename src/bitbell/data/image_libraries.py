@@ -118,9 +118,9 @@ class _Torchvision(Library):
         return self._v2.CutMix(alpha=alpha, num_classes=classes)
 
 
-# The operations of RandAugment's paper (table 6 there), from no change to the strongest, for kornia. Its own list has others,
-# shears by 54 degrees where a factor of 0.3 is meant (17), and in TrivialAugment makes one image of fifty black. Its
-# brightness is added where the papers' is multiplied, as its contrast is: half the range, so that something is left.
+# The operations of RandAugment's paper, for kornia. Its own list has others, shears by up to 54 degrees where a factor
+# of 0.3 is meant (17 degrees), and posterizes to 0 bits in TrivialAugment, which is black. It adds brightness where the
+# papers multiply, as its contrast does: half the range, so that something is left.
 _STRENGTHS = {
     "auto_contrast": (0, 1),
     "equalize": (0, 1),
