@@ -173,6 +173,7 @@ def of_two() -> list[dict[str, Any]]:
 
 def images(family: Family) -> dict[str, Any]:
     fields = {"preset": "vit-micro", "recipe": "bbq-vision-w2a2", "steps": 2, "batch_size": 16}
+    fields["augment"] = "flip+trivialaugment+mixup+cutmix" if find_spec("kornia") else "flip"
     return fields | {"data": str(family.folder / "digits"), "evaluate_windows": 33, "final_windows": 33}
 
 
