@@ -55,7 +55,7 @@ SHORTHANDS = {
 _OWN = ("crop", "flip")
 _MIXING = ("mixup", "cutmix")
 _EITHER = (("crop", "resized-crop"), ("randaugment", "trivialaugment"))
-_ORDER_STREAM, _MIX_STREAM = 2, 3  # of the seed: 0 is the order's, 1 crop's and flip's
+_IMAGE_STREAM, _MIX_STREAM = 2, 3  # of the seed: 0 is the order's, 1 crop's and flip's
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Augmenter:
     it is not there."""
 
     def __init__(self, how: Augmentation, of: ImageInput, *, classes: int, seed: int, library: str = "auto") -> None:
-        self._seed, self._input = seed, of
+        self._seed = seed
         self.library = find_library(library)
         self._operations = list(_operations(self.library, how, of))
         self._mixings = list(_mixings(self.library, how, classes))
@@ -116,10 +116,12 @@ class Augmenter:
         """`images` (N, channels, size, size), normalised, each changed as its place says."""
         import torch
 
+        if not self._operations:
+            return images
         changed = []
         with torch.no_grad():
             for image, place in zip(images, places, strict=True):
-                with _drawing_from(draw(self._seed, _ORDER_STREAM, place)):
+                with _drawing_from(draw(self._seed, _IMAGE_STREAM, place)):
                     for operation in self._operations:
                         image = operation(image)
                 changed.append(image)
