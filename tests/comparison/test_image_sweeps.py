@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from bitbell.comparison import run_sweep
-from bitbell.comparison.folder import SweepFolder, read_earlier, read_sweep
+from bitbell.comparison.folder import SweepFolder, open_folder, read_earlier, read_sweep
 from bitbell.comparison.kinds import IMAGES, TEXT, kind_of
 from bitbell.comparison.page import make_page
 from bitbell.comparison.pictures import draw_all
@@ -71,6 +71,17 @@ def test_a_sweep_of_classifiers_records_accuracy_and_continues(image_values: dic
     assert len(said) == 4
     with pytest.raises(ValueError, match=r"would not be comparable \(augment was 'crop', is 'none'\)"):
         run_sweep(image_values | {"train": image_values["train"] | {"augment": "none"}}, tmp_path / "out")
+
+
+def test_one_library_augments_in_all_of_a_sweep(image_values: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("kornia")
+    values = image_values | {"train": image_values["train"] | {"augment": "mixup", "augment_library": "kornia"}}
+    open_folder(tmp_path / "out", values)
+    facts = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    assert facts["augmented_by"] == "kornia"
+    (tmp_path / "out" / "sweep.json").write_text(json.dumps(facts | {"augmented_by": "torchvision"}))
+    with pytest.raises(ValueError, match=r"\(augment_library was 'torchvision', is 'kornia'\)"):
+        open_folder(tmp_path / "out", values)
 
 
 def test_the_loss_chooses_and_the_words_tell_where_accuracy_disagrees(
