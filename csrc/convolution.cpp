@@ -232,11 +232,25 @@ void multiply_copies(const Job& job, const QuantizedImages& image) {
 
 // --------------------------------------------------------------------------------------------------------- look-ups
 
+// Whether a row of a window lies together.
 bool is_joined(const Window& window) { return window.dilation_w == 1 && window.groups == 1; }
+// Whether windows beside each other share the look-ups of their pixels: where there is one panel, the addresses of pixels, not
+// the look-ups, would take the time.
+bool is_shared(const Window& window) {
+  return is_joined(window) && window.stride_w == 1 && window.kernel_w == kSharedTaps && window.outputs <= kPanelRows;
+}
 int64_t runs_of(const Window& window) { return is_joined(window) ? window.kernel_h : window.taps(); }
+// Weight codes of a run, in triples.
 int64_t run_triples(const Window& window) {
   const int64_t triples = triples_of(window.group_channels());
-  return is_joined(window) ? window.kernel_w * triples : triples;
+  if (is_shared(window)) return kSharedTaps * triples;
+  return round_up(is_joined(window) ? window.kernel_w * triples : triples, kTripleStep);
+}
+// Where the codes of a tap's channel are.
+int64_t triple_at(const Window& window, int64_t tap, int64_t channel) {
+  const int64_t of_pixel = triples_of(window.group_channels()), triple = channel / 3;
+  const int64_t run = is_joined(window) ? tap / window.kernel_w : tap, of_run = is_joined(window) ? tap % window.kernel_w : 0;
+  return run * run_triples(window) + (is_shared(window) ? triple * kSharedTaps + of_run : of_run * of_pixel + triple);
 }
 
 // The runs of a window, cut into calls of at most kTripleBlock triples: [first, last) of `runs`.
@@ -245,13 +259,14 @@ struct Calls {
   std::vector<size_t> ends;
 
   Calls(const Window& window, const QuantizedImages& image) {
+    const int64_t taps = is_shared(window) ? kSharedTaps : 1;  // of which a triple of inputs has weights
     int64_t together = 0;
     for (int64_t i = 0; i < runs_of(window); i++) {
       const int64_t ky = is_joined(window) ? i : i / window.kernel_w, kx = is_joined(window) ? 0 : i % window.kernel_w;
       int64_t x = ky * window.dilation_h * image.pitch + kx * window.dilation_w * image.pixel;
-      for (int64_t left = round_up(run_triples(window), kTripleStep); left > 0;) {
-        const int64_t triples = std::min(left, kTripleBlock);
-        if (together + triples > kTripleBlock) ends.push_back(runs.size()), together = 0;
+      for (int64_t left = run_triples(window) / taps; left > 0;) {
+        const int64_t triples = std::min(left, kTripleBlock / taps);
+        if (together + triples > kTripleBlock / taps) ends.push_back(runs.size()), together = 0;
         runs.push_back({x, triples});
         together += triples, x += triples, left -= triples;
       }
@@ -263,7 +278,7 @@ struct Calls {
 void look_products_up(const Job& job, const QuantizedImages& image) {
   const Window& window = job.window;
   const int64_t panels = panels_of(window.group_outputs()), pairs = (panels + 1) / 2;
-  const int64_t triples = runs_of(window) * round_up(run_triples(window), kTripleStep), of_group = triples_of(window.group_channels());
+  const int64_t triples = runs_of(window) * run_triples(window), of_group = triples_of(window.group_channels());
   const Calls calls(window, image);
   const int32_t bias = static_cast<int32_t>(-kTripleBias * triples);
   const int64_t parts = window.groups * pairs;
@@ -281,12 +296,13 @@ void look_products_up(const Job& job, const QuantizedImages& image) {
     LookupProduct product;
     product.w = job.layer.lookups[static_cast<size_t>(group)] + pair * 2 * kPanelRows * triples, product.panels = two;
     product.x = x, product.m = strip.count, product.first = bias, product.acc = acc, product.plan = &job.layer.plan;
+    product.pixel = is_shared(window) ? image.pixel : 0;
     size_t first = 0;
     for (const size_t end : calls.ends) {
       product.runs = calls.runs.data() + first, product.count = static_cast<int64_t>(end - first);
       product.finish = end == calls.runs.size() ? &rows : nullptr;
       job.kernels.lookups->product(product);
-      for (; first < end; first++) product.w += calls.runs[first].triples * of_row;
+      for (; first < end; first++) product.w += calls.runs[first].triples * (is_shared(window) ? kSharedTaps : 1) * of_row;
       product.add = true;
     }
   });
@@ -295,13 +311,12 @@ void look_products_up(const Job& job, const QuantizedImages& image) {
 }  // namespace
 
 int64_t triples_bytes(const Window& window) {
-  return panels_of(window.group_outputs()) * kPanelRows * runs_of(window) * round_up(run_triples(window), kTripleStep);
+  return panels_of(window.group_outputs()) * kPanelRows * runs_of(window) * run_triples(window);
 }
 
 void arrange_triples(const Window& window, const uint32_t* words, int bits, uint8_t* out) {
-  const int64_t channels = window.group_channels(), of_pixel = triples_of(channels), run = run_triples(window);
-  const int64_t padded = round_up(run, kTripleStep), triples = runs_of(window) * padded, panels = panels_of(window.group_outputs());
-  const int64_t words_of_row = packed_words(window.k(), bits), taps_of_run = run / of_pixel;
+  const int64_t channels = window.group_channels(), words_of_row = packed_words(window.k(), bits);
+  const int64_t triples = runs_of(window) * run_triples(window), panels = panels_of(window.group_outputs());
   std::memset(out, 0, static_cast<size_t>(triples_bytes(window)));
   for (int64_t row = 0; row < window.group_outputs(); row++) {
     const int64_t panel = row / kPanelRows, place = row % 16 * 4 + row % kPanelRows / 16;
@@ -309,8 +324,8 @@ void arrange_triples(const Window& window, const uint32_t* words, int bits, uint
     uint8_t* to = out + panel / 2 * 2 * kPanelRows * triples + panel % 2 * kPanelRows + place;
     for (int64_t i = 0; i < window.k(); i++) {
       const int64_t tap = i / channels, channel = i % channels;
-      const int64_t triple = tap / taps_of_run * padded + tap % taps_of_run * of_pixel + channel / 3;
-      to[triple * two * kPanelRows] |= static_cast<uint8_t>(packed_code(words + row * words_of_row, i, bits) << (channel % 3 * 2));
+      const int code = static_cast<int>(packed_code(words + row * words_of_row, i, bits));
+      to[triple_at(window, tap, channel) * two * kPanelRows] |= static_cast<uint8_t>(code << (channel % 3 * 2));
     }
   }
 }

@@ -129,21 +129,24 @@ struct TrainingKernels {
 constexpr int64_t kTripleStep = 4;   // triples of a run are padded to multiples of this with weight codes 0
 constexpr int64_t kTripleBlock = 256;  // triples of one call at most: their sums fit 16 bits
 constexpr int64_t kTripleBias = 18;  // that every table's sums have, so that none is negative
+constexpr int64_t kSharedTaps = 3;   // of windows beside each other that share look-ups
 constexpr uint16_t kZeroTriple = 42 * 64;  // three centred codes 0
 constexpr int64_t triples_of(int64_t codes) { return (codes + 2) / 3; }
 
 struct Run {
-  int64_t x = 0, triples = 0;  // where it begins in the inputs, from the window's first; a multiple of kTripleStep
+  int64_t x = 0, triples = 0;  // where it begins in the inputs, from the window's first
 };
 
 // acc[m][64 * panels] = first, or += where `add`, the sums (and kTripleBias a triple) of the runs of m windows that begin at
-// x[m]. Beyond a run 4 addresses more may be read.
+// x[m]. A run is a multiple of kTripleStep triples, with weights of each. Where `pixel` is given, a run is the triples of a
+// pixel, each with weights of kSharedTaps taps, for which `pixel` addresses lie between; windows may then lie so as well.
 struct LookupProduct {
   const uint8_t* w = nullptr;
   int panels = 1;
   const Run* runs = nullptr;
   int64_t count = 0;  // of runs
   const uint16_t* const* x = nullptr;
+  int64_t pixel = 0;
   int64_t m = 0;
   int32_t first = 0;
   bool add = false;

@@ -57,7 +57,7 @@ INLINE void add_four(const uint8_t* table, const uint8_t* w, const uint16_t* con
     for (int r = 0; r < kRows; r++) {
       const __m512i sums = _mm512_load_si512(table + static_cast<uint16_t>(four[r]));
       four[r] >>= 16;
-      if (kPanels == 1) asm volatile("" : "+r"(four[r]));
+      asm volatile("" : "+r"(four[r]));
 #pragma GCC unroll 2
       for (int p = 0; p < kPanels; p++) {
         const __m512i found = _mm512_permutexvar_epi8(i[p], sums);
@@ -82,8 +82,26 @@ INLINE void add_sums(__m512i (&s)[kPanels][kRows], __m512i (&all)[kPanels][kRows
     }
 }
 
+// Sums of 16 bits to acc.
 template <int kRows, int kPanels>
-void lookup_tile(const uint8_t* w, const Run* runs, int64_t count, const uint16_t* const* given, int32_t first, bool add, int32_t* acc) {
+INLINE void put_sums(const __m512i (&all)[kPanels][kRows], const __m512i (&odd)[kPanels][kRows], int32_t first, bool add, int32_t* acc) {
+  const __m512i low = _mm512_set1_epi32(0xffff), begin = _mm512_set1_epi32(first);
+#pragma GCC unroll 2
+  for (int p = 0; p < kPanels; p++)
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; r++) {
+      int32_t* to = acc + (r * kPanels + p) * kPanelRows;
+      const __m512i even = _mm512_sub_epi16(all[p][r], _mm512_slli_epi16(odd[p][r], 8));
+      const __m512i rows[4] = {_mm512_and_si512(even, low), _mm512_and_si512(odd[p][r], low), _mm512_srli_epi32(even, 16),
+                               _mm512_srli_epi32(odd[p][r], 16)};
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; j++) _mm512_storeu_si512(to + 16 * j, _mm512_add_epi32(add ? load512(to + 16 * j) : begin, rows[j]));
+    }
+}
+
+// Not inlined: the registers are all its own.
+template <int kRows, int kPanels>
+__attribute__((noinline)) void lookup_tile(const uint8_t* w, const Run* runs, int64_t count, const uint16_t* const* given, int32_t first, bool add, int32_t* acc) {
   const uint8_t* table = kSums.of.data();
   __m512i all[kPanels][kRows], odd[kPanels][kRows], s[kPanels][kRows];
 #pragma GCC unroll 2
@@ -107,18 +125,52 @@ void lookup_tile(const uint8_t* w, const Run* runs, int64_t count, const uint16_
       w += 4 * 64 * kPanels;
     }
   }
-  const __m512i low = _mm512_set1_epi32(0xffff), begin = _mm512_set1_epi32(first);
-#pragma GCC unroll 2
-  for (int p = 0; p < kPanels; p++)
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; r++) {
-      int32_t* to = acc + (r * kPanels + p) * kPanelRows;
-      const __m512i even = _mm512_sub_epi16(all[p][r], _mm512_slli_epi16(odd[p][r], 8));
-      const __m512i rows[4] = {_mm512_and_si512(even, low), _mm512_and_si512(odd[p][r], low), _mm512_srli_epi32(even, 16),
-                               _mm512_srli_epi32(odd[p][r], 16)};
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; j++) _mm512_storeu_si512(to + 16 * j, _mm512_add_epi32(add ? load512(to + 16 * j) : begin, rows[j]));
+  put_sums<kRows, kPanels>(all, odd, first, add, acc);
+}
+
+// s[r] += the sums of one triple of the kSharedTaps pixels of each of kRows windows beside each other; or = where `first`.
+template <int kRows>
+INLINE void add_taps(const uint8_t* table, const uint8_t* w, const uint16_t* x, int64_t pixel, __m512i (&s)[1][kRows], bool first) {
+  __m512i i[kSharedTaps];
+#pragma GCC unroll 3
+  for (int tap = 0; tap < kSharedTaps; tap++) i[tap] = _mm512_loadu_si512(w + 64 * tap);
+#pragma GCC unroll 10
+  for (int p = 0; p < kRows + kSharedTaps - 1; p++) {
+    const __m512i sums = _mm512_load_si512(table + x[p * pixel]);
+#pragma GCC unroll 3
+    for (int tap = 0; tap < kSharedTaps; tap++) {
+      const int r = p - tap;
+      if (r < 0 || r >= kRows) continue;
+      const __m512i found = _mm512_permutexvar_epi8(i[tap], sums);
+      s[0][r] = first && tap == 0 ? found : _mm512_add_epi8(s[0][r], found);
+      IN_REGISTER(s[0][r]);
     }
+  }
+}
+
+// The same of windows beside each other and one panel: a pixel's table is loaded once for all windows that it is part of.
+template <int kRows>
+__attribute__((noinline)) void shared_tile(const uint8_t* w, const Run* runs, int64_t count, const uint16_t* given, int64_t pixel,
+                                           int32_t first, bool add, int32_t* acc) {
+  constexpr int kTogether = 3, kBytes = 64 * kSharedTaps;  // 3 triples of 3 taps, at most 27 each: a byte holds their sum
+  const uint8_t* table = kSums.of.data();
+  __m512i all[1][kRows], odd[1][kRows], s[1][kRows];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; r++) all[0][r] = odd[0][r] = _mm512_setzero_si512();
+  for (int64_t run = 0; run < count; run++) {
+    const uint16_t* x = given + runs[run].x;
+    const uint16_t* const end = x + runs[run].triples;
+    for (; x + kTogether <= end; x += kTogether) {
+#pragma GCC unroll 3
+      for (int j = 0; j < kTogether; j++, w += kBytes) add_taps<kRows>(table, w, x + j, pixel, s, j == 0);
+      add_sums<kRows, 1>(s, all, odd);
+    }
+    for (; x < end; x++, w += kBytes) {
+      add_taps<kRows>(table, w, x, pixel, s, true);
+      add_sums<kRows, 1>(s, all, odd);
+    }
+  }
+  put_sums<kRows, 1>(all, odd, first, add, acc);
 }
 
 // Asks for what a window's outputs are made of while its sums are looked up.
@@ -129,28 +181,36 @@ INLINE void prefetch_outputs(const OutputRows& rows, int64_t i) {
   }
 }
 
-template <int kRows, int kPanels>
-INLINE void lookup_rows(const LookupProduct& p, const Quarters& quarters, int64_t i) {
-  constexpr int64_t kStride = kPanels * kPanelRows;
-  int32_t* acc = p.acc + i * kStride;
-  for (int64_t r = 0; p.finish && r < kRows; r++) prefetch_outputs(*p.finish, i + r);
-  lookup_tile<kRows, kPanels>(p.w, p.runs, p.count, p.x + i, p.first, p.add, acc);
-  if (p.finish) finish_some(*p.finish, *p.plan, quarters, i, i + kRows, acc);
-}
-
-template <int kPanels>
-void lookup_tiles(const LookupProduct& p) {
-  constexpr int kRows = 8 / kPanels;
-  const Quarters quarters = p.finish ? quarters_of(*p.finish, *p.plan) : Quarters{};
-  int64_t i = 0;
-  for (; i + kRows <= p.m; i += kRows) lookup_rows<kRows, kPanels>(p, quarters, i);
-  for (; i + 2 <= p.m; i += 2) lookup_rows<2, kPanels>(p, quarters, i);
-  if (i < p.m) lookup_rows<1, kPanels>(p, quarters, i);
+// Rows of windows: calls tile(Width<how many>, the first) of at most kMost, and only of windows that `together` lets.
+template <int kMost, class Tile, class Together>
+INLINE void for_tiles(int64_t m, Together&& together, Tile&& tile) {
+  for (int64_t i = 0; i < m;) {
+    if (kMost >= 8 && together(i, 8)) tile(Width<8>{}, i), i += 8;
+    else if (together(i, 4)) tile(Width<4>{}, i), i += 4;
+    else if (together(i, 2)) tile(Width<2>{}, i), i += 2;
+    else tile(Width<1>{}, i), i += 1;
+  }
 }
 
 void lookup_product(const LookupProduct& p) {
-  if (p.panels == 2) lookup_tiles<2>(p);
-  else lookup_tiles<1>(p);
+  const Quarters quarters = p.finish ? quarters_of(*p.finish, *p.plan) : Quarters{};
+  const auto fit = [&](int64_t i, int64_t count) { return i + count <= p.m; };
+  const auto beside = [&](int64_t i, int64_t count) { return fit(i, count) && p.x[i + count - 1] - p.x[i] == (count - 1) * p.pixel; };
+  const auto with_outputs = [&](int64_t i, int64_t count, auto&& sum) {
+    int32_t* acc = p.acc + i * p.panels * kPanelRows;
+    for (int64_t r = 0; p.finish && r < count; r++) prefetch_outputs(*p.finish, i + r);
+    sum(acc);
+    if (p.finish) finish_some(*p.finish, *p.plan, quarters, i, i + count, acc);
+  };
+  const auto tile = [&](auto panels, auto rows, int64_t i) {
+    with_outputs(i, rows.value, [&](int32_t* acc) { lookup_tile<rows.value, panels.value>(p.w, p.runs, p.count, p.x + i, p.first, p.add, acc); });
+  };
+  const auto shared = [&](auto rows, int64_t i) {
+    with_outputs(i, rows.value, [&](int32_t* acc) { shared_tile<rows.value>(p.w, p.runs, p.count, p.x[i], p.pixel, p.first, p.add, acc); });
+  };
+  if (p.pixel) for_tiles<8>(p.m, beside, shared);
+  else if (p.panels == 2) for_tiles<4>(p.m, fit, [&](auto rows, int64_t i) { tile(Width<2>{}, rows, i); });
+  else for_tiles<8>(p.m, fit, [&](auto rows, int64_t i) { tile(Width<1>{}, rows, i); });
 }
 
 constexpr LookupKernels kLookups = {triples, lookup_product};

@@ -19,6 +19,8 @@ WINDOWS: dict[str, dict[str, Any]] = {
     "1x1": {"kernel": (1, 1), "stride": (2, 2)},
     "grouped": {"groups": 2, "padding": (1, 1, 1, 1)},
     "narrow": {"channels": 5, "outputs": 3, "kernel": (5, 4), "padding": (4, 4, 4, 4)},
+    "inside": {"channels": 7, "outputs": 64, "kernel": (2, 3)},
+    "beside": {"channels": 530, "outputs": 64, "padding": (1, 2, 1, 1)},
     "wide": {"channels": 530, "outputs": 70},
     "panels": {"channels": 16, "outputs": 200, "padding": (1, 1, 1, 1)},
 }
@@ -117,6 +119,30 @@ def test_residuals_and_clipping_come_last(level: str) -> None:
         offset = torch.randn(problem.window["outputs"])
         layer = problem.layer(offset=offset)
         assert torch.equal(layer(problem.x, residual, True)[1], (layer(problem.x)[1] + residual[1]).relu())
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_codes_of_the_same_images_serve_again(level: str) -> None:
+    """Also those with wider borders than are asked for; narrower ones, and other images, are quantized anew."""
+    wide, narrow = Problem("3x3", 2, 2), Problem("3x3", 2, 2)
+    narrow.window = narrow.window | {"padding": (0, 0, 0, 1), "stride": (2, 2)}
+    assert wide.layer().plan.same_as(narrow.layer().plan)
+    with native.using(level):
+        first, second = wide.layer(), narrow.layer()
+        assert torch.equal(first(wide.x), wide.expected())
+        assert torch.equal(second(wide.x, again=True), narrow.expected())
+        assert torch.equal(second(wide.x), narrow.expected())
+        assert torch.equal(first(wide.x, again=True), wide.expected())
+        wide.x = wide.x.flip(1).contiguous()
+        assert torch.equal(first(wide.x, again=True), wide.expected())
+
+
+def test_plans_are_the_same_only_where_all_of_them_is() -> None:
+    plan = InputPlan(2, thresholds=torch.tensor([-1.0, 0.0, 1.0]))
+    assert plan.same_as(InputPlan(2, thresholds=torch.tensor([-1.0, 0.0, 1.0])))
+    for other in (InputPlan(2), InputPlan(2, thresholds=torch.tensor([-1.0, 0.0, 2.0])), InputPlan(2, rotation=8)):
+        assert not plan.same_as(other)
+        assert not other.same_as(plan)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
