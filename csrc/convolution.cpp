@@ -127,39 +127,52 @@ struct Strip {
   int64_t n, first, count;
 };
 
-// Sums of input codes of a strip's windows: one row of them after the other, as far as the same taps are inside.
-void sum_windows(const Job& job, const QuantizedImages& image, const Strip& strip, int64_t group, int32_t* sums) {
+// Sums of input codes of a row of windows: of those of which the same taps are inside, together.
+void sum_row(const Job& job, const QuantizedImages& image, int64_t n, int64_t oy, int64_t group, int32_t* sums) {
   const Window& window = job.window;
+  const Places& across = job.kinds->across;
   const int64_t step = window.stride_w * window.groups;
-  std::fill_n(sums, strip.count, 0);
-  for (int64_t i = 0; i < strip.count;) {
-    const int64_t oy = (strip.first + i) / job.columns, ox = (strip.first + i) % job.columns;
-    const int64_t kind = job.kinds->across.kind[static_cast<size_t>(ox)];
-    int64_t same = 1;
-    while (i + same < strip.count && ox + same < job.columns && job.kinds->across.kind[static_cast<size_t>(ox + same)] == kind) same++;
-    const Inside &y = job.kinds->down.of(oy), &x = job.kinds->across.of(ox);
-    const int64_t top = oy * window.stride_h - window.top, left = ox * window.stride_w - window.left;
+  const Inside& y = job.kinds->down.of(oy);
+  std::fill_n(sums, job.columns, 0);
+  for (int64_t ox = 0, end; ox < job.columns; ox = end) {
+    for (end = ox + 1; end < job.columns && across.kind[static_cast<size_t>(end)] == across.kind[static_cast<size_t>(ox)];) end++;
+    const Inside& x = across.of(ox);
     for (int64_t ky = y.begin; ky < y.end; ky++)
       for (int64_t kx = x.begin; kx < x.end; kx++) {
-        const int64_t row = strip.n * job.height + top + ky * window.dilation_h;
-        const int32_t* from = image.sums + (row * job.width + left + kx * window.dilation_w) * window.groups + group;
+        const int64_t row = n * job.height + oy * window.stride_h - window.top + ky * window.dilation_h;
+        const int64_t column = ox * window.stride_w - window.left + kx * window.dilation_w;
+        const int32_t* from = image.sums + (row * job.width + column) * window.groups + group;
         if (step == 1)
-          for (int64_t j = 0; j < same; j++) sums[i + j] += from[j];
+          for (int64_t j = ox; j < end; j++) sums[j] += from[j - ox];
         else
-          for (int64_t j = 0; j < same; j++) sums[i + j] += from[j * step];
+          for (int64_t j = ox; j < end; j++) sums[j] += from[(j - ox) * step];
       }
-    i += same;
   }
 }
 
-// Where window `number` of image n begins among padded codes.
-int64_t start_of(const Job& job, const QuantizedImages& image, int64_t n, int64_t number) {
-  const Window& window = job.window;
-  const int64_t y = number / job.columns * window.stride_h - window.top, x = number % job.columns * window.stride_w - window.left;
-  return n * image.size + (image.top + y) * image.pitch + (image.left + x) * image.pixel;
+// Sums of input codes of all windows: (groups, images, windows).
+const int32_t* sum_windows(const Job& job, const QuantizedImages& image) {
+  int32_t* sums = scratch_of<WindowSums, int32_t>(job.window.groups * job.images * job.windows);
+  const int64_t rows = job.images * job.rows;
+  parallel_for(job.call.threads, job.window.groups * rows, 8, [&](int64_t begin, int64_t end, int) {
+    for (int64_t i = begin; i < end; i++) sum_row(job, image, i % rows / job.rows, i % job.rows, i / rows, sums + i * job.columns);
+  });
+  return sums;
 }
 
-// How sums of a strip become outputs [first, first + of_row) of a group, as far as it has them. weights: room for each window's.
+// use(window of the strip, where it begins among padded codes).
+template <class Use>
+void for_windows(const Job& job, const QuantizedImages& image, const Strip& strip, Use&& use) {
+  const Window& window = job.window;
+  const int64_t corner = strip.n * image.size + (image.top - window.top) * image.pitch + (image.left - window.left) * image.pixel;
+  int64_t oy = strip.first / job.columns, ox = strip.first % job.columns;
+  for (int64_t i = 0; i < strip.count; oy++, ox = 0)
+    for (; ox < job.columns && i < strip.count; ox++, i++)
+      use(i, corner + oy * window.stride_h * image.pitch + ox * window.stride_w * image.pixel);
+}
+
+// How sums of a strip become outputs [first, first + of_row) of a group, as far as it has them. weights: room for each window's; sums: of all
+// windows, as sum_windows has them.
 OutputRows outputs_of(const Job& job, const QuantizedImages& image, const Strip& strip, int64_t group, int64_t first, int64_t of_row, const int32_t* acc,
                       const int32_t* sums, const Weights** weights) {
   const Window& window = job.window;
@@ -169,7 +182,7 @@ OutputRows outputs_of(const Job& job, const QuantizedImages& image, const Strip&
   OutputRows rows;
   rows.weights = weights, rows.acc = acc, rows.acc_stride = of_row, rows.row = first, rows.m = strip.count;
   rows.count = std::min(of_row, window.group_outputs() - first);
-  rows.step = image.steps[static_cast<size_t>(strip.n)], rows.sums = sums, rows.clip = call.clip;
+  rows.step = image.steps[static_cast<size_t>(strip.n)], rows.sums = sums + (group * job.images + strip.n) * job.windows + strip.first, rows.clip = call.clip;
   rows.residual = call.residual ? call.residual + at : nullptr, rows.y = call.y + at, rows.y_stride = window.outputs;
   return rows;
 }
@@ -180,14 +193,14 @@ void copy_windows(const Job& job, const QuantizedImages& image, const Strip& str
   const int64_t channels = window.group_channels();
   const bool joined = window.dilation_w == 1 && window.groups == 1;
   const int64_t pieces = joined ? 1 : window.kernel_w, piece = joined ? window.kernel_w * channels : channels;
-  for (int64_t i = 0; i < strip.count; i++, out += stride) {
-    const int8_t* from = image.codes + start_of(job, image, strip.n, strip.first + i) + group * channels;
-    int8_t* to = out;
+  for_windows(job, image, strip, [&](int64_t i, int64_t start) {
+    const int8_t* from = image.codes + start + group * channels;
+    int8_t* to = out + i * stride;
     for (int64_t ky = 0; ky < window.kernel_h; ky++)
       for (int64_t kx = 0; kx < pieces; kx++, to += piece)
         std::memcpy(to, from + ky * window.dilation_h * image.pitch + kx * window.dilation_w * image.pixel, static_cast<size_t>(piece));
-    std::memset(to, 0, static_cast<size_t>(out + stride - to));
-  }
+    std::memset(to, 0, static_cast<size_t>(out + (i + 1) * stride - to));
+  });
 }
 
 template <class Use>
@@ -211,17 +224,16 @@ int64_t strip_size(const Job& job, int64_t most, int64_t parts) {
 
 void multiply_copies(const Job& job, const QuantizedImages& image) {
   const Window& window = job.window;
+  const int32_t* sums = sum_windows(job, image);
   const int64_t k = padded_k(window.k()), stride = k + 64;  // not a multiple of 4 KiB
   const int64_t most = std::clamp<int64_t>(kStripBytes / stride, kFewestWindows, kMostWindows);
   for_each_strip(job, strip_size(job, most, window.groups), window.groups, [&](const Strip& strip, int64_t group) {
     const Weights& w = job.layer.groups[static_cast<size_t>(group)];
     int8_t* codes = scratch_of<CopiedWindows, int8_t>(strip.count * stride);
-    int32_t* sums = scratch_of<WindowSums, int32_t>(strip.count);
     int32_t* acc = scratch_of<StripSums, int32_t>(strip.count * kPanelRows);
     uint8_t* unpacked = scratch_of<UnpackedPanel, uint8_t>(kMatrixScratch);
     const Weights* weights[kMostWindows];
     copy_windows(job, image, strip, group, stride, codes);
-    sum_windows(job, image, strip, group, sums);
     for (int64_t p = 0; p < panels_of(w.rows); p++) {
       job.kernels.matrix(w.data + p * panel_bytes(w.k, w.bits), kernel_bits(w.bits), k, codes, stride, strip.count, acc, unpacked);
       const OutputRows rows = outputs_of(job, image, strip, group, p * kPanelRows, kPanelRows, acc, sums, weights);
@@ -277,6 +289,7 @@ struct Calls {
 
 void look_products_up(const Job& job, const QuantizedImages& image) {
   const Window& window = job.window;
+  const int32_t* sums = sum_windows(job, image);
   const int64_t panels = panels_of(window.group_outputs()), pairs = (panels + 1) / 2;
   const int64_t triples = runs_of(window) * run_triples(window), of_group = triples_of(window.group_channels());
   const Calls calls(window, image);
@@ -286,11 +299,9 @@ void look_products_up(const Job& job, const QuantizedImages& image) {
     const int64_t group = part / pairs, pair = part % pairs;
     const int two = pair * 2 + 2 <= panels ? 2 : 1;
     const int64_t of_row = two * kPanelRows;
-    int32_t* sums = scratch_of<WindowSums, int32_t>(strip.count);
     int32_t* acc = scratch_of<StripSums, int32_t>(strip.count * of_row);
     const uint16_t* x[kLookupWindows];
-    for (int64_t i = 0; i < strip.count; i++) x[i] = image.lines + start_of(job, image, strip.n, strip.first + i) + group * of_group;
-    sum_windows(job, image, strip, group, sums);
+    for_windows(job, image, strip, [&](int64_t i, int64_t start) { x[i] = image.lines + start + group * of_group; });
     const Weights* weights[kLookupWindows];
     const OutputRows rows = outputs_of(job, image, strip, group, pair * 2 * kPanelRows, of_row, acc, sums, weights);
     LookupProduct product;
