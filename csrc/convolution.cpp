@@ -18,6 +18,7 @@ constexpr int64_t kMostWindows = 256, kLookupWindows = 96, kFewestWindows = 12; 
 
 struct CopiedWindows {};
 struct WindowSums {};
+struct Between {};
 struct StripSums {};
 struct UnpackedPanel {};
 
@@ -356,6 +357,35 @@ void convolution(const Kernels& kernels, const Convolution& layer, const Convolu
   const QuantizedImages& image = quantize_images(kernels, layer.plan, job.window, call, job.look_up);
   if (job.look_up) look_products_up(job, image);
   else multiply_copies(job, image);
+}
+
+void convolutions(const Kernels& kernels, const std::vector<ChainStep>& steps, const float* x, int64_t images, int64_t height, int64_t width,
+                  float* y, int threads) {
+  struct Made {
+    const float* x;
+    int64_t height, width;
+  };
+  std::vector<Made> made = {{x, height, width}};
+  std::vector<int64_t> sizes;  // of slots
+  for (const ChainStep& step : steps) {
+    const Made& from = made[static_cast<size_t>(step.source)];
+    const Window& window = step.layer->window;
+    made.push_back({nullptr, window.rows(from.height), window.columns(from.width)});
+    if (sizes.size() <= static_cast<size_t>(step.slot)) sizes.resize(static_cast<size_t>(step.slot) + 1);
+    int64_t& size = sizes[static_cast<size_t>(step.slot)];
+    size = std::max(size, round_up(images * made.back().height * made.back().width * window.outputs, 16));
+  }
+  std::vector<int64_t> begins(sizes.size() + 1);
+  for (size_t i = 0; i < sizes.size(); i++) begins[i + 1] = begins[i] + sizes[i];
+  float* between = scratch_of<Between, float>(begins.back());
+  for (size_t i = 0; i < steps.size(); i++) {
+    const ChainStep& step = steps[i];
+    const Made& from = made[static_cast<size_t>(step.source)];
+    float* to = i + 1 == steps.size() ? y : between + begins[static_cast<size_t>(step.slot)];
+    const float* residual = step.residual < 0 ? nullptr : made[static_cast<size_t>(step.residual)].x;
+    convolution(kernels, *step.layer, {from.x, images, from.height, from.width, step.again, residual, step.clip, to, threads});
+    made[i + 1].x = to;
+  }
 }
 
 }  // namespace bitbell

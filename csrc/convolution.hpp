@@ -62,4 +62,16 @@ void sum_taps(const Window& window, const uint32_t* words, int64_t rows, int bit
 // Not by look-up unless the kernels and the layer have them.
 void convolution(const Kernels& kernels, const Convolution& layer, const ConvolutionCall& call);
 
+// One of several convolutions after each other. Images are numbered: 0 is what the first is given, i + 1 what step i makes.
+struct ChainStep {
+  const Convolution* layer = nullptr;
+  int64_t source = 0, residual = -1;  // images; no residual: -1
+  bool clip = false, again = false;
+  int64_t slot = 0;                   // where its images are kept; those of several steps where no two are needed at once
+};
+
+// x -> y, the images of the last step. Residuals must have the shape of what they are added to.
+void convolutions(const Kernels& kernels, const std::vector<ChainStep>& steps, const float* x, int64_t images, int64_t height, int64_t width,
+                  float* y, int threads);
+
 }  // namespace bitbell

@@ -58,8 +58,37 @@ class NativeConvolution {
     convolution(kernels, layer_, {at<float>(x), images, height, width, again, at<float>(residual), clip, at<float>(y), threads});
   }
 
+  const Convolution& layer() const { return layer_; }
+
  private:
   Convolution layer_;
+};
+
+// Convolutions after each other, which it keeps alive. steps: of each, (layer, source, residual, clip, again, slot).
+class NativeChain {
+ public:
+  explicit NativeChain(nb::list steps) : kept_(steps) {
+    for (nb::handle handle : steps) {
+      const auto step = nb::cast<nb::tuple>(handle);
+      const auto number = [&](size_t i) { return nb::cast<int64_t>(step[i]); };
+      const int64_t made = static_cast<int64_t>(steps_.size());
+      require_entry(number(1) >= 0 && number(1) <= made, "source", number(1), "images that are there");
+      require_entry(number(2) >= -1 && number(2) <= made, "residual", number(2), "images that are there, or -1");
+      require_entry(number(5) >= 0 && number(5) <= made, "slot", number(5), "0 or more, and no more than steps");
+      steps_.push_back({&nb::cast<const NativeConvolution&>(step[0]).layer(), number(1), number(2), nb::cast<bool>(step[3]),
+                        nb::cast<bool>(step[4]), number(5)});
+    }
+  }
+
+  void forward(const std::string& level, Address x, int64_t images, int64_t height, int64_t width, Address y, int threads) const {
+    const Kernels& kernels = kernels_of(level);
+    nb::gil_scoped_release release;
+    convolutions(kernels, steps_, at<float>(x), images, height, width, at<float>(y), threads);
+  }
+
+ private:
+  nb::list kept_;
+  std::vector<ChainStep> steps_;
 };
 
 }  // namespace
@@ -80,4 +109,5 @@ void bind_convolution(nb::module_& m) {
   nb::class_<NativeConvolution>(m, "Convolution")
       .def(nb::init<nb::dict, nb::dict, nb::list, nb::list, Address>())
       .def("forward", &NativeConvolution::forward);
+  nb::class_<NativeChain>(m, "ConvolutionChain").def(nb::init<nb::list>()).def("forward", &NativeChain::forward);
 }

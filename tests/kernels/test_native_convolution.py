@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bitbell.kernels import native, pack_codes
 from bitbell.kernels.native import InputPlan
-from bitbell.kernels.native_convolution import NativeConvolution
+from bitbell.kernels.native_convolution import NativeChain, NativeConvolution, Step
 
 LEVELS = [name for name, why in native.level_names().items() if not why]
 WINDOWS: dict[str, dict[str, Any]] = {
@@ -143,6 +143,41 @@ def test_plans_are_the_same_only_where_all_of_them_is() -> None:
     for other in (InputPlan(2), InputPlan(2, thresholds=torch.tensor([-1.0, 0.0, 2.0])), InputPlan(2, rotation=8)):
         assert not plan.same_as(other)
         assert not other.same_as(plan)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_chain_gives_what_its_convolutions_give(level: str) -> None:
+    """Two blocks with residuals, the second with a shortcut that reads the same images as the convolution before it."""
+    same = [Problem("beside", 2, 2) for _ in range(3)]
+    for problem in same:
+        problem.window = problem.window | {"channels": 64, "padding": (1, 1, 1, 1), "kernel": (3, 3)}
+        problem.codes = torch.randint(0, 4, (64, 9 * 64), dtype=torch.uint8)
+        problem.x = torch.randn(2, 9, 11, 64)
+    same[1].window = same[1].window | {"stride": (2, 2)}
+    short = Problem("1x1", 2, 2)
+    short.window = short.window | {"channels": 64, "outputs": 64}
+    short.codes, short.scale, short.bias = torch.randint(0, 4, (64, 64), dtype=torch.uint8), *torch.randn(2, 64)
+    a, b, c, shortcut = (problem.layer() for problem in (*same, short))
+    steps = [Step(a, 0, clip=True), Step(a, 1, 0, True), Step(b, 2, clip=True), Step(shortcut, 2), Step(c, 3, 4, True)]
+    chain, x = NativeChain(steps), same[0].x
+    with native.using(level):
+        first = a(a(x, clip=True), x, True)
+        assert torch.equal(chain(x), c(b(first, clip=True), shortcut(first), True))
+        assert torch.equal(chain(x[:, :7, :5].contiguous())[0], chain(x[:1, :7, :5].contiguous())[0])
+        assert chain(x[:0]).shape == (0, 5, 6, 64)
+    assert [chain._reads_again(i) for i in range(5)] == [False, False, False, True, False]
+    assert max(chain._slots()) == 2
+
+
+def test_a_chain_whose_residuals_do_not_fit_is_refused() -> None:
+    layer = Problem("1x1", 2, 2).layer()
+    chain = NativeChain([Step(layer, 0, 0)])
+    x = torch.randn(1, 9, 11, 24)
+    assert not chain.fits(x)
+    with pytest.raises(ValueError, match="residuals must have the shape"):
+        chain(x)
+    with pytest.raises(ValueError, match="step 0 must read images 0 to 0, got 1"):
+        NativeChain([Step(layer, 1)])
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

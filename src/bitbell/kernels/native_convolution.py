@@ -1,8 +1,8 @@
-"""A convolution of packed codes in C++: pixels quantized once, then windows of codes multiplied, in one call."""
+"""Convolutions of packed codes in C++: pixels quantized once, then windows of codes multiplied; several in one call."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -129,3 +129,80 @@ class NativeConvolution:
             numbers = getattr(self, name)
             fields[name] = 0 if numbers is None else numbers.data_ptr() + first
         return fields | {"sums": self.tap_sums.data_ptr(), "zero_point": self.zero_point}
+
+
+class Step(NamedTuple):
+    """A convolution of a chain. Images are numbered: 0 is the chain's input, i + 1 what step i makes."""
+
+    convolution: NativeConvolution
+    source: int
+    residual: int | None = None
+    clip: bool = False
+
+
+class NativeChain:
+    """Convolutions after each other in one call. Its output is that of the last step.
+
+    Images between them lie in memory that is used again. Where a step reads the images that the step before it read, by
+    an equal plan, they are quantized once.
+    """
+
+    def __init__(self, steps: list[Step]) -> None:
+        for i, step in enumerate(steps):
+            if not 0 <= step.source <= i or not 0 <= (step.residual or 0) <= i:
+                raise ValueError(f"step {i} must read images 0 to {i}, got {step.source} and {step.residual}")
+        self.steps = steps
+        self._made: dict[bool, Any] = {}
+        self._sizes: dict[tuple[int, int], list[tuple[int, ...]]] = {}  # of all images, by that of the first
+
+    def fits(self, x: Tensor) -> bool:
+        """Whether every residual has the shape of what it is added to, for images `x` (N, H, W, channels)."""
+        size = (x.shape[1], x.shape[2])
+        if size not in self._sizes:
+            shapes = [tuple(x.shape[1:])]
+            for step in self.steps:
+                given = torch.empty(1, *shapes[step.source], device="meta")
+                shapes.append(step.convolution.output_shape(given)[1:])
+            self._sizes[size] = shapes
+        shapes = self._sizes[size]
+        added = [(step.residual, i + 1) for i, step in enumerate(self.steps) if step.residual is not None]
+        return all(shapes[residual] == shapes[made] for residual, made in added)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x (N, H, W, channels) float32 -> (N, rows, columns, outputs) float32. Raises ValueError unless it `fits`."""
+        if not self.fits(x):
+            raise ValueError(f"residuals must have the shape of what they are added to, not so for {tuple(x.shape)}")
+        x = native._on_cpu("x", x, torch.float32)
+        images, height, width, _ = x.shape
+        y = torch.empty(images, *self._sizes[height, width][-1], **native.FLOATS)
+        if images:
+            self._chain().forward(native.level(), x.data_ptr(), images, height, width, y.data_ptr(), native.threads())
+        return y
+
+    def _chain(self) -> Any:
+        """The extension's chain for the level in use."""
+        extension = native._loaded()
+        look_up = extension.has_lookups(native.level())
+        if look_up not in self._made:
+            slots = self._slots()
+            self._made[look_up] = extension.ConvolutionChain(
+                [
+                    (s.convolution._layer(), s.source, -1 if s.residual is None else s.residual, s.clip, again, slot)
+                    for s, again, slot in zip(self.steps, map(self._reads_again, range(len(slots))), slots, strict=True)
+                ]
+            )
+        return self._made[look_up]
+
+    def _reads_again(self, i: int) -> bool:
+        """Whether step `i` quantizes the very images of the step before it, by an equal plan."""
+        step, before = self.steps[i], self.steps[i - 1]
+        return i > 0 and step.source == before.source and step.convolution.plan.same_as(before.convolution.plan)
+
+    def _slots(self) -> list[int]:
+        """Where each step's images are kept: in the first memory that nothing reads any more."""
+        slots: list[int] = []
+        for i in range(len(self.steps)):
+            read = {image for step in self.steps[i:] for image in (step.source, step.residual) if image}
+            taken = {slots[image - 1] for image in read if image <= i}
+            slots.append(next(slot for slot in range(i + 1) if slot not in taken))
+        return slots

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from bitbell.kernels.native_convolution import NativeChain
+from bitbell.kernels.native_convolution import Step as Link
 from bitbell.layers.convolution import as_images
 from bitbell.packing.conv2d import PackedConv2d
 from bitbell.packing.layers import PackedLinear, is_plain
@@ -88,32 +90,27 @@ class _Chain(nn.Module):
     def __init__(self, traced: fx.GraphModule, steps: list[Step]) -> None:
         super().__init__()
         self.traced, self._steps = traced, steps
-        self._native: list[Any] | None = None
-        self._again: list[bool] = []
+        self._native: NativeChain | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         first = self._steps[0][0]
         if x.dim() != 4 or x.dtype != torch.float32 or not first._suits_native(x) or not is_plain(x):
             return self.traced(x)
-        if self._native is None:
-            self._native = [conv.native_layer() for conv, _, _ in self._steps]
-            self._again = [self._reads_again(i) for i in range(len(self._steps))]
-        if None in self._native or any(conv.geometry.mode != "zeros" for conv, _, _ in self._steps):
+        images = x.permute(0, 2, 3, 1)
+        chain = self._native = self._native or self._make_native()
+        if chain is None or not chain.fits(images):  # the module broadcasts, or says what does not fit
             return self.traced(x)
-        images = [x.permute(0, 2, 3, 1)]
-        for layer, again, (conv, source, residual) in zip(self._native, self._again, self._steps, strict=True):
-            added = None if residual is None else images[residual]
-            if added is not None and added.shape != layer.convolution.output_shape(images[source]):
-                return self.traced(x)  # which broadcasts
-            images.append(layer.convolution(images[source], added, conv.clip, again))
-        return as_images(images[-1], x)
+        return as_images(chain(images), x)
 
-    def _reads_again(self, step: int) -> bool:
-        """Whether a convolution quantizes the very images of the one before it, and by an equal plan."""
-        both = [] if self._native is None or not step else self._native[step - 1 : step + 1]
-        if len(both) < 2 or None in both or self._steps[step][1] != self._steps[step - 1][1]:
-            return False
-        return both[0].convolution.plan.same_as(both[1].convolution.plan)
+    def _make_native(self) -> NativeChain | None:
+        """The convolutions in C++; None where one has no plan, or pads with other than zeros."""
+        layers: list[Any] = [conv.native_layer() for conv, _, _ in self._steps]
+        if None in layers or any(conv.geometry.mode != "zeros" for conv, _, _ in self._steps):
+            return None
+        steps = zip(layers, self._steps, strict=True)
+        return NativeChain(
+            [Link(layer.convolution, source, residual, conv.clip) for layer, (conv, source, residual) in steps]
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies arrange for themselves."""
