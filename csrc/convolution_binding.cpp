@@ -11,8 +11,6 @@
 namespace nb = nanobind;
 using namespace bitbell;
 
-namespace {
-
 Window window_from(nb::dict from) {
   Window w;
   w.channels = entry<int64_t>(from, "channels");
@@ -35,6 +33,8 @@ Window window_from(nb::dict from) {
   require_entry(w.groups >= 1 && w.channels % w.groups == 0 && w.outputs % w.groups == 0, "groups", w.groups, "a divisor of both channels");
   return w;
 }
+
+namespace {
 
 // A layer that keeps its descriptions. words: (outputs, packed words) uint32, read on construction only.
 class NativeConvolution {

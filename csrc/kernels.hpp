@@ -6,8 +6,8 @@
 // bit, interleaved every 32 k; 5 to 8 bits take a byte. Rows and k are padded to multiples of 64 with code 0.
 //
 // Every level computes the same codes, integers, steps and outputs, to the last bit: reductions have a fixed order of 16
-// lanes, and multiplications and additions are never fused. Only products with float inputs (`floats`) may round
-// differently.
+// lanes, and multiplications and additions are never fused. Only products with float inputs (`floats`, and
+// those of ImageKernels) may round differently.
 #pragma once
 #include <cmath>
 #include <cstddef>
@@ -161,6 +161,43 @@ struct LookupKernels {
   void (*product)(const LookupProduct& product);
 };
 
+// Sums over the windows of a row of outputs: sums[tile][column] = sum over rows r and i < run of w[r][i][column] times
+// rows[r][tile * stride + i].
+struct TileProduct {
+  const float* w = nullptr;  // (count, run, width), 64-byte aligned
+  int64_t width = 0;         // a multiple of 16
+  const float* const* rows = nullptr;
+  int64_t count = 0, run = 0, stride = 0, tiles = 0;
+  float* sums = nullptr;
+  int64_t sums_stride = 0;
+};
+
+// One row of pooled outputs: the largest number of each window, -infinity of none; then bias is added, unless it is null, and with
+// `clip` negative numbers become 0. NaN stays NaN.
+struct PoolRow {
+  const float* const* rows = nullptr;                          // (count): the input rows of the windows that lie in the image
+  int64_t count = 0, columns = 0, pixel = 0;                   // pixel: floats from pixel to pixel
+  int64_t kernel = 1, stride = 1, padding = 0, outputs = 0;    // along the row
+  int64_t channels = 0;
+  const float* bias = nullptr;                                 // (channels)
+  bool clip = false;
+  float* y = nullptr;                                          // (outputs, channels)
+};
+
+constexpr int64_t kTilePoints = 8, kTileOutputs = 5, kTileTaps = 4;  // of a tile of convolutions by fewer products
+constexpr int64_t kBeyond = 16;  // floats that may be read and written beyond a row
+
+// Rows of images, see kernels_images.hpp.
+struct ImageKernels {
+  void (*tile_product)(const TileProduct& product);
+  // x (5 tiles + 3, run) -> out: 8 planes (tiles, run).
+  void (*to_points)(const float* x, int64_t run, int64_t tiles, float* out, int64_t plane);
+  // sums (8, tiles, width) -> 5 pixels a tile, of `width` channels each, `pixel` floats apart.
+  void (*from_points)(const float* sums, int64_t width, int64_t tiles, float* y, int64_t pixel);
+  bool (*all_within)(const float* x, int64_t n, float limit);  // whether |x| <= limit everywhere; NaN is not
+  void (*pool_row)(const PoolRow& row);
+};
+
 // One instruction set's functions. `panel` points to one panel of weights; k is padded_k(k) throughout.
 struct Kernels {
   const char* name;
@@ -191,6 +228,7 @@ struct Kernels {
   float (*softmax)(float* x, int64_t n);                                         // in place; returns the largest x
   // y[0 .. count) = rows [first, first + count) of a dense (rows, k) matrix times x; type: 0 float32, 1 bfloat16, 2 float16.
   void (*dense)(const void* matrix, int type, int64_t first, int64_t count, int64_t k, const float* x, float* y);
+  const ImageKernels* images;
   const TrainingKernels* training;
   const LookupKernels* lookups = nullptr;  // of instruction sets that have them
 };

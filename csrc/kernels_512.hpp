@@ -3,6 +3,7 @@
 #pragma once
 #include <immintrin.h>
 
+#include "kernels_images.hpp"
 #include "kernels_training.hpp"
 
 namespace bitbell {

@@ -114,5 +114,5 @@ void matrix(const uint8_t* panel, int bits, int64_t k, const int8_t* x, int64_t 
 #endif
 extern const Kernels BITBELL_TABLE;
 const Kernels BITBELL_TABLE = {BITBELL_TABLE_NAME, quantize, prepare,    vector,     matrix,  floats, finish, finish_rows, gather, rotate,
-                               rms_norm, sum, dot,      add_scaled, silu_times, softmax, dense, &kTraining};
+                               rms_norm, sum, dot,      add_scaled, silu_times, softmax, dense, &kImages, &kTraining};
 }  // namespace bitbell

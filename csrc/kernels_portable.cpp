@@ -1,4 +1,5 @@
 // Products in plain C++ that any compiler vectorises: two codes at a time in 16-bit lanes. Runs everywhere.
+#include "kernels_images.hpp"
 #include "kernels_training.hpp"
 
 namespace bitbell {
@@ -114,6 +115,6 @@ void floats(const uint8_t* panel, int bits, int64_t k, const float* x, int64_t s
 
 extern const Kernels kPortable;
 const Kernels kPortable = {"portable", quantize, prepare, vector, matrix, floats, finish, finish_rows, gather, rotate,
-                           rms_norm, sum, dot,      add_scaled, silu_times, softmax, dense, &kTraining};
+                           rms_norm, sum, dot,      add_scaled, silu_times, softmax, dense, &kImages, &kTraining};
 
 }  // namespace bitbell

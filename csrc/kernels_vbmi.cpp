@@ -219,5 +219,5 @@ constexpr LookupKernels kLookups = {triples, lookup_product};
 
 extern const Kernels kAvx512Vbmi;
 const Kernels kAvx512Vbmi = {"avx512vbmi", quantize, prepare, vector,     vnni_matrix, floats, finish, finish_rows, gather, rotate, rms_norm,
-                             sum,          dot,      add_scaled, silu_times, softmax,   dense,  &kTraining, &kLookups};
+                             sum,          dot,      add_scaled, silu_times, softmax,   dense,  &kImages, &kTraining, &kLookups};
 }  // namespace bitbell

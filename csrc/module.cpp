@@ -11,6 +11,7 @@
 
 #include "bindings.hpp"
 #include "convolution_binding.hpp"
+#include "images_binding.hpp"
 #include "levels.hpp"
 #include "linear.hpp"
 #include "llama_binding.hpp"
@@ -108,6 +109,7 @@ NB_MODULE(_native, m) {
       .def(nb::init<nb::dict, nb::object>(), nb::arg("weights"), nb::arg("plan").none())
       .def("forward", &Layer::forward);
   bind_convolution(m);
+  bind_images(m);
   bind_llama(m);
   bind_training(m);
 }

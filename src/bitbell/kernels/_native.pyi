@@ -68,6 +68,35 @@ class Layer:
     def __init__(self, weights: dict[str, Any], plan: dict[str, Any] | None) -> None: ...
     def forward(self, level: str, x: int, rows: int, y: int, threads: int) -> None: ...
 
+def max_pool(
+    level: str,
+    x: int,
+    images: int,
+    height: int,
+    width: int,
+    channels: int,
+    pooling: tuple[int, ...],
+    clip: bool,
+    y: int,
+    threads: int,
+) -> None: ...
+
+class FloatConvolution:
+    def __init__(self, window: dict[str, Any], weight: int, bias: int) -> None: ...
+    def forward(
+        self,
+        level: str,
+        x: int,
+        channels_last: bool,
+        images: int,
+        height: int,
+        width: int,
+        pooling: tuple[int, ...],
+        clip: bool,
+        y: int,
+        threads: int,
+    ) -> None: ...
+
 def sample(
     logits: Any, temperature: float = ..., top_k: int = ..., top_p: float = ..., allowed: int = ..., state: int = ...
 ) -> tuple[int, int]: ...

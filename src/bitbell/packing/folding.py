@@ -1,4 +1,5 @@
 """Folding for inference: a packed convolution also does what follows it - batch norm, residual sum, ReLU - in one call.
+The first convolution, in full precision, takes in its batch norm, ReLU and max pooling.
 
 What follows is read off the data flow of `forward`, traced symbolically: an operation is folded only where nothing else
 uses the convolution's output. Numbers change by float rounding alone: a batch norm in evaluation mode multiplies a
@@ -21,12 +22,14 @@ from bitbell.kernels.native_convolution import NativeChain
 from bitbell.kernels.native_convolution import Step as Link
 from bitbell.layers.convolution import as_images
 from bitbell.packing.conv2d import PackedConv2d
+from bitbell.packing.full_precision import FloatConv2d, MaxPool2d
 from bitbell.packing.layers import PackedLinear, is_plain
 from bitbell.packing.model import PackedModel
 
 ADDITIONS = (operator.add, torch.add)
 AUGMENTED = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow")
 Step = tuple[PackedConv2d, int, int | None]
+Size = tuple[int, int, int]  # place of an input, dimension, size
 RELUS = (F.relu, torch.relu, torch.relu_)
 
 
@@ -35,7 +38,8 @@ def fold(model: nn.Module) -> nn.Module:
     """A copy of a packed model for inference, channels last, its packed convolutions with what follows them folded in.
 
     Modules whose `forward` cannot be traced stay as they are, and what is inside them is folded. Convolutions in full
-    precision take in their batch norms. The copy cannot be saved or trained; hooks of folded modules are not kept.
+    precision take in their batch norms, those of at most 4 channels ReLU and max pooling too. The copy cannot be saved
+    or trained; hooks of folded modules are not kept.
 
     >>> import bitbell
     >>> layers = nn.Conv2d(3, 32, 3), nn.Conv2d(32, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU()
@@ -47,6 +51,9 @@ def fold(model: nn.Module) -> nn.Module:
     """
     copied = copy.deepcopy(model.model if isinstance(model, PackedModel) else model).eval().requires_grad_(False)
     folded: Any = _fold_inside(copied)
+    for name, module in list(folded.named_modules()):
+        if name and MaxPool2d.takes(module):
+            _replace_module(folded, name, MaxPool2d.of(module))
     return folded.to(memory_format=torch.channels_last)
 
 
@@ -54,11 +61,9 @@ def _fold_inside(module: nn.Module) -> nn.Module:
     if not any(isinstance(m, nn.Conv2d | PackedConv2d) for m in module.modules()) or _is_leaf(module):
         return module
     try:
-        graph = _trace(module)
+        graph, sizes = _trace(module)
     except Exception:  # whatever symbolic tracing meets in a forward that is not made for it
-        for name, child in module.named_children():
-            setattr(module, name, _fold_inside(child))
-        return module
+        return _fold_children(module)
     traced = fx.GraphModule(module, graph)
     for node in list(graph.nodes):
         if isinstance(_module(traced, node), nn.Identity) and isinstance(node.args[0], fx.Node):
@@ -69,16 +74,52 @@ def _fold_inside(module: nn.Module) -> nn.Module:
     graph.lint()
     traced.delete_all_unused_submodules()
     traced.recompile()
+    if sizes:
+        return _OfSizes(traced, _fold_children(module), sizes)
     steps = _steps(traced)
     return traced if steps is None else _Chain(traced, steps)
 
 
-def _trace(module: nn.Module) -> fx.Graph:
-    """Raises TypeError for a `forward` with optional arguments: traced, it would take the way for all of them given."""
+def _fold_children(module: nn.Module) -> nn.Module:
+    for name, child in module.named_children():
+        setattr(module, name, _fold_inside(child))
+    return module
+
+
+def _trace(module: nn.Module) -> tuple[fx.Graph, list[Size]]:
+    """The data flow, and for which sizes of the inputs it is that.
+
+    Raises TypeError for a `forward` with optional arguments: traced, it would take the way for all of them given.
+    """
     optional = [p.name for p in inspect.signature(module.forward).parameters.values() if p.default is not p.empty]
     if optional:
         raise TypeError(f"forward has optional arguments: {', '.join(optional)}")
-    return _Tracer().trace(module)
+    tracer = _Tracer()
+    graph = tracer.trace(module)
+    places = {node.name: place for place, node in enumerate(n for n in graph.nodes if n.op == "placeholder")}
+    for node in tracer.compared:
+        for each in (node, *node.all_input_nodes, *node.all_input_nodes[0].all_input_nodes):
+            if each.op != "placeholder" and not each.users:
+                graph.erase_node(each)
+    return graph, [(places[name], dimension, size) for name, dimension, size in tracer.sizes]
+
+
+class _OfSizes(nn.Module):
+    """A traced module for inputs of certain sizes; the module itself, which checks them, for all others."""
+
+    def __init__(self, traced: fx.GraphModule, module: nn.Module, sizes: list[Size]) -> None:
+        super().__init__()
+        self.traced, self.module, self._sizes = traced, module, sizes
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not kwargs and all(_has_size(args, *size) for size in self._sizes):
+            return self.traced(*args)
+        return self.module(*args, **kwargs)
+
+
+def _has_size(args: tuple[Any, ...], place: int, dimension: int, size: int) -> bool:
+    x = args[place] if place < len(args) else None
+    return isinstance(x, Tensor) and x.dim() > dimension and x.shape[dimension] == size
 
 
 class _Chain(nn.Module):
@@ -151,11 +192,46 @@ for _name in AUGMENTED:
 
 
 class _Tracer(fx.Tracer):
+    """Takes the way of an input's size that is the one it is compared with, as `forward`s do that check channels.
+
+    sizes: (name of the input, dimension, size); compared: the nodes.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[tuple[str, int, int]] = []
+        self.compared: list[fx.Node] = []
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        node = obj.node
+        found = _compared_size(node)
+        if found is None:
+            return super().to_bool(obj)
+        self.sizes.append(found)
+        self.compared.append(node)
+        return node.target is operator.eq
+
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return _is_leaf(m) or super().is_leaf_module(m, module_qualified_name)
+
+
+def _compared_size(node: fx.Node) -> tuple[str, int, int] | None:
+    """What `x.shape[dimension] == size`, or !=, compares: (name of the input x, dimension, size); else None."""
+    if node.target not in (operator.eq, operator.ne):
+        return None
+    item, size = node.args[0], node.args[1]
+    if not isinstance(item, fx.Node) or item.target is not operator.getitem or not isinstance(size, int):
+        return None
+    shape, dimension = item.args
+    if not isinstance(shape, fx.Node) or shape.target is not getattr or shape.args[1] != "shape":
+        return None
+    x: Any = shape.args[0]
+    return (
+        (x.name, dimension, size) if x.op == "placeholder" and isinstance(dimension, int) and dimension >= 0 else None
+    )
 
 
 def _is_leaf(module: nn.Module) -> bool:
@@ -181,10 +257,7 @@ def _fold_convolution(traced: fx.GraphModule, node: fx.Node) -> None:
         _remove(traced, follower, node)
     conv = _module(traced, node)
     if not isinstance(conv, PackedConv2d):
-        follower = _only_user(node)
-        if follower is not None and type(_module(traced, follower)) is nn.ReLU:
-            with traced.graph.inserting_before(follower):  # nobody else sees what is overwritten
-                _remove(traced, follower, traced.graph.call_function(F.relu, (node, True)))
+        _fold_full_precision(traced, node, conv)
         return
     follower = _only_user(node)
     if follower is not None and _is_addition(follower, node) and not _changes_between(traced, node, follower):
@@ -195,11 +268,36 @@ def _fold_convolution(traced: fx.GraphModule, node: fx.Node) -> None:
         traced.graph.erase_node(node)
         node = moved
     follower = _only_user(node)
-    if follower is not None and (follower.target in RELUS or type(_module(traced, follower)) is nn.ReLU):
+    if follower is not None and _is_relu(traced, follower):
         clipped = copy.deepcopy(conv)  # the layer may be in another graph too
         clipped.clip = True
         _replace_module(traced, str(node.target), clipped)
         _remove(traced, follower, node)
+
+
+def _fold_full_precision(traced: fx.GraphModule, node: fx.Node, conv: nn.Conv2d) -> None:
+    follower = _only_user(node)
+    if not FloatConv2d.takes(conv):
+        if follower is not None and type(_module(traced, follower)) is nn.ReLU:
+            with traced.graph.inserting_before(follower):  # nobody else sees what is overwritten
+                _remove(traced, follower, traced.graph.call_function(F.relu, (node, True)))
+        return
+    folded = FloatConv2d(conv)
+    _replace_module(traced, str(node.target), folded)
+    while follower is not None:  # ReLU and pooling give the same in either order
+        pool = _module(traced, follower)
+        if _is_relu(traced, follower):
+            folded.clip = True
+        elif folded.pool is None and pool is not None and MaxPool2d.takes(pool):
+            folded.pool = MaxPool2d.of(pool)
+        else:
+            return
+        _remove(traced, follower, node)
+        follower = _only_user(node)
+
+
+def _is_relu(traced: fx.GraphModule, node: fx.Node) -> bool:
+    return node.target in RELUS or type(_module(traced, node)) is nn.ReLU
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:

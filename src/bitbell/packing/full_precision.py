@@ -1,0 +1,112 @@
+"""What `fold` puts in the place of layers in full precision: the same numbers but for rounding, in C++ where it can.
+
+Under autograd, compilation or another type than float32, and where the C++ kernels are not in use, they are PyTorch's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bitbell.kernels import native
+from bitbell.kernels.native_images import NativeFloatConvolution, Pooling, max_pool
+from bitbell.packing.layers import is_plain
+
+FEW_CHANNELS = 4  # of which oneDNN's convolutions fill their vectors badly
+Pair = tuple[int, int]
+
+
+class FloatConv2d(nn.Module):
+    """A convolution in full precision, `clip`ped by a ReLU and pooled by `pool`, in one call."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.conv, self.clip, self.pool = conv, False, None
+        self._made: tuple[list[Any], NativeFloatConvolution] | None = None
+
+    conv: nn.Conv2d
+    clip: bool
+    pool: MaxPool2d | None
+
+    @staticmethod
+    def takes(conv: nn.Module | None) -> bool:
+        """Whether the C++ kernels have a way that is faster than PyTorch's, and nobody looks on."""
+        if type(conv) is not nn.Conv2d or not isinstance(conv.padding, tuple) or _has_hooks(conv):
+            return False
+        plain = conv.padding_mode == "zeros" and conv.groups == 1 and conv.dilation == (1, 1)
+        return plain and conv.in_channels <= FEW_CHANNELS and conv.weight.dtype == torch.float32
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooling = None if self.pool is None else self.pool.pooling
+        if self._suits_native(x):
+            layer = self._layer()
+            if min(layer.output_size(x.shape[2], x.shape[3], pooling)) > 0:
+                return layer(x, pooling, self.clip)
+        y = self.conv(x)
+        y = F.relu_(y) if self.clip else y
+        return y if self.pool is None else self.pool(y)
+
+    def _suits_native(self, x: Tensor) -> bool:
+        fast = native.level() != "portable"  # which takes twice as long as PyTorch on a machine that has more
+        weight = self.conv.weight
+        fits = weight.is_cpu and weight.dtype == torch.float32 and x.dim() == 4 and x.shape[1] == weight.shape[1]
+        return fast and fits and _is_native(x) and not (weight.requires_grad and torch.is_grad_enabled())
+
+    def _layer(self) -> NativeFloatConvolution:
+        """Arranged at the first use, and again where the filters were replaced or changed."""
+        conv: Any = self.conv
+        held = [(t, None if t is None or t.is_inference() else t._version) for t in (conv.weight, conv.bias)]
+        made = self._made
+        if made is None or any(a is not b or v != w for (a, v), (b, w) in zip(made[0], held, strict=True)):
+            padding = conv.padding[1], conv.padding[1], conv.padding[0], conv.padding[0]
+            made = self._made = held, NativeFloatConvolution(conv.weight, conv.bias, conv.stride, padding)
+        return made[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies arrange for themselves."""
+        return self.__dict__ | {"_made": None}
+
+
+class MaxPool2d(nn.MaxPool2d):
+    """Of images that lie channels last in C++, of others in PyTorch."""
+
+    @classmethod
+    def of(cls, pool: nn.Module) -> MaxPool2d:
+        """In the place of `pool`, which it takes."""
+        found: Any = pool
+        return cls(found.kernel_size, found.stride, found.padding)
+
+    @staticmethod
+    def takes(pool: nn.Module | None) -> bool:
+        """Whether the C++ kernels have a way for this pooling, and nobody looks on."""
+        if type(pool) is not nn.MaxPool2d or _has_hooks(pool):
+            return False
+        halves = all(2 * p <= k for p, k in zip(_pair(pool.padding), _pair(pool.kernel_size), strict=True))
+        return halves and _pair(pool.dilation) == (1, 1) and not pool.ceil_mode and not pool.return_indices
+
+    @property
+    def pooling(self) -> Pooling:
+        return Pooling(_pair(self.kernel_size), _pair(self.stride), _pair(self.padding))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if _is_native(x) and x.is_contiguous(memory_format=torch.channels_last):
+            pooling = self.pooling
+            if min(pooling.output_size(x.shape[2], x.shape[3])) > 0:
+                return max_pool(x, pooling)
+        return super().forward(x)
+
+
+def _is_native(x: Tensor) -> bool:
+    usable = x.is_cpu and x.dim() == 4 and x.dtype == torch.float32 and x.numel() > 0 and is_plain(x)
+    return usable and native.available() and not torch.is_autocast_enabled("cpu")
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
+
+
+def _pair(of: Any) -> Pair:
+    return tuple(of) if isinstance(of, tuple | list) else (of, of)  # type: ignore[return-value]
