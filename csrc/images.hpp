@@ -7,6 +7,8 @@
 
 namespace bitbell {
 
+constexpr int64_t kMostRows = 64;  // of a kernel
+
 // Where the windows of a pooling lie. Half a window at most may lie outside of the image.
 struct Pooling {
   int64_t kernel_h = 1, kernel_w = 1, stride_h = 1, stride_w = 1, padding_h = 0, padding_w = 0;
@@ -46,11 +48,12 @@ class FloatConvolution {
   };
 
   Way way(bool points, int64_t width) const;
+  int64_t run_of(int64_t point) const;
   int64_t panel_width(int64_t panel) const;
   Floats arrange(const float* weight, bool points) const;
-  void band(const Kernels& kernels, const Batch& batch, int64_t image, const Way& way, const Pooling& pooling, bool clip, int64_t begin,
+  bool band(const Kernels& kernels, const Batch& batch, int64_t image, const Way& way, const Pooling& pooling, bool clip, int64_t begin,
             int64_t end, float* y) const;
-  void load_row(const Kernels& kernels, const Batch& batch, int64_t image, int64_t row, const Way& way, float* padded, float* out) const;
+  bool load_row(const Kernels& kernels, const Batch& batch, int64_t image, int64_t row, const Way& way, float* padded, float* out) const;
   void convolve_row(const Kernels& kernels, const Way& way, const float* const* rows, int64_t first, int64_t count, float* sums, float* y) const;
 
   Window window_;

@@ -172,16 +172,21 @@ struct TileProduct {
   int64_t sums_stride = 0;
 };
 
-// One row of pooled outputs: the largest number of each window, -infinity of none; then bias is added, unless it is null, and with
-// `clip` negative numbers become 0. NaN stays NaN.
-struct PoolRow {
-  const float* const* rows = nullptr;                          // (count): the input rows of the windows that lie in the image
-  int64_t count = 0, columns = 0, pixel = 0;                   // pixel: floats from pixel to pixel
-  int64_t kernel = 1, stride = 1, padding = 0, outputs = 0;    // along the row
-  int64_t channels = 0;
-  const float* bias = nullptr;                                 // (channels)
+// The largest numbers of windows along a row; NaN is larger than numbers. Windows hold at least one pixel of the row.
+struct PoolColumns {
+  const float* x = nullptr;                                  // `pixel` floats from pixel to pixel
+  int64_t columns = 0, pixel = 0, channels = 0;
+  int64_t kernel = 1, stride = 1, padding = 0, outputs = 0;
+  float* y = nullptr;                                        // (outputs, channels rounded up to a multiple of 16)
+};
+
+// The largest numbers of rows; then bias is added, unless it is null, and with `clip` negative numbers become 0.
+struct PoolRows {
+  const float* const* rows = nullptr;                        // (count), at least one; as PoolColumns has them
+  int64_t count = 0, columns = 0, channels = 0;
+  const float* bias = nullptr;                               // (channels)
   bool clip = false;
-  float* y = nullptr;                                          // (outputs, channels)
+  float* y = nullptr;                                        // (columns, channels)
 };
 
 constexpr int64_t kTilePoints = 8, kTileOutputs = 5, kTileTaps = 4;  // of a tile of convolutions by fewer products
@@ -195,7 +200,12 @@ struct ImageKernels {
   // sums (8, tiles, width) -> 5 pixels a tile, of `width` channels each, `pixel` floats apart.
   void (*from_points)(const float* sums, int64_t width, int64_t tiles, float* y, int64_t pixel);
   bool (*all_within)(const float* x, int64_t n, float limit);  // whether |x| <= limit everywhere; NaN is not
-  void (*pool_row)(const PoolRow& row);
+  void (*pool_columns)(const PoolColumns& pool);
+  void (*pool_rows)(const PoolRows& pool);
+  void (*means)(const float* x, int64_t rows, int64_t n, float* y);  // of the columns of x (rows, n)
+  // y[i][first .. first + count) = those rows of a matrix (rows, k) times x[i] of m, plus bias, unless it is null.
+  void (*matrix_rows)(const float* matrix, const float* bias, int64_t rows, int64_t k, int64_t first, int64_t count, const float* x, int64_t m,
+                      float* y);
 };
 
 // One instruction set's functions. `panel` points to one panel of weights; k is padded_k(k) throughout.

@@ -57,20 +57,50 @@ void tile_product(const TileProduct& p) {
 // Five neighbouring outputs of four taps from eight products, by polynomials at 0, 1, -1, 2, -2, 1/2, -1/2 and infinity
 // (Winograd 1980; Lavin and Gray, arXiv 1509.09308). Filters: images.cpp.
 
-void to_points(const float* x, int64_t run, int64_t tiles, float* out, int64_t plane) {
-  for (int64_t tile = 0; tile < tiles; tile++, x += kTileOutputs * run, out += run)
-    for (int64_t lane = 0; lane < run; lane += 16) {  // what is written beyond a run is overwritten by the next
-      F16 d[kTilePoints];
+// Lanes of one run; or, of runs of 8 at most, of two tiles' in halves.
+template <bool kPair>
+INLINE F16 load_runs(const float* x, int64_t tile) {
+  if (!kPair) return load(x);
+  F16 v;
+#if defined(__AVX512F__)
+  v.part[0] = _mm512_insertf32x8(_mm512_castps256_ps512(_mm256_loadu_ps(x)), _mm256_loadu_ps(x + tile), 1);
+#else
+  for (int i = 0; i < kParts; i++)
+    std::memcpy(&v.part[i], x + (2 * i < kParts ? 0 : tile) + i * kPartLanes % 8, sizeof v.part[i]);
+#endif
+  return v;
+}
+template <bool kPair>
+INLINE void store_runs(float* out, int64_t run, F16 v) {
+  if (!kPair) return store(out, v);
+#if defined(__AVX512F__)
+  _mm256_storeu_ps(out, _mm512_castps512_ps256(v.part[0]));
+  _mm256_storeu_ps(out + run, _mm512_extractf32x8_ps(v.part[0], 1));
+#else
+  for (int i = 0; i < kParts; i++) std::memcpy(out + (2 * i < kParts ? 0 : run) + i * kPartLanes % 8, &v.part[i], sizeof v.part[i]);
+#endif
+}
+
+// What is written beyond a run is overwritten by the next.
+template <bool kPair>
+INLINE void tile_to_points(const float* x, int64_t run, float* out, int64_t plane) {
+  F16 d[kTilePoints];
 #pragma GCC unroll 8
-      for (int i = 0; i < kTilePoints; i++) d[i] = load(x + i * run + lane);
-      const auto put = [&](int point, F16 v) { store(out + point * plane + lane, v); };
-      const auto pair = [&](int point, F16 even, F16 odd) { put(point, even + odd), put(point + 1, even - odd); };
-      put(0, scaled(d[4] - d[2], 5.25f, d[0] - d[6]));
-      pair(1, scaled(d[4], -4.25f, d[2] + d[6]), scaled(d[3], -4.25f, d[1] + d[5]));
-      pair(3, scaled(d[4], -1.25f, scaled(d[2], 0.25f, d[6])), scaled(d[5], 2.0f, scaled(d[3], -2.5f, d[1] * 0.5f)));
-      pair(5, scaled(d[4], -5.0f, scaled(d[2], 4.0f, d[6])), scaled(d[5], 0.5f, scaled(d[3], -2.5f, d[1] * 2.0f)));
-      put(7, scaled(d[3] - d[5], 5.25f, d[7] - d[1]));
-    }
+  for (int i = 0; i < kTilePoints; i++) d[i] = load_runs<kPair>(x + i * run, kTileOutputs * run);
+  const auto put = [&](int point, F16 v) { store_runs<kPair>(out + point * plane, run, v); };
+  const auto pair = [&](int point, F16 even, F16 odd) { put(point, even + odd), put(point + 1, even - odd); };
+  put(0, scaled(d[4] - d[2], 5.25f, d[0] - d[6]));
+  pair(1, scaled(d[4], -4.25f, d[2] + d[6]), scaled(d[3], -4.25f, d[1] + d[5]));
+  pair(3, scaled(d[4], -1.25f, scaled(d[2], 0.25f, d[6])), scaled(d[5], 2.0f, scaled(d[3], -2.5f, d[1] * 0.5f)));
+  pair(5, scaled(d[4], -5.0f, scaled(d[2], 4.0f, d[6])), scaled(d[5], 0.5f, scaled(d[3], -2.5f, d[1] * 2.0f)));
+  put(7, scaled(d[3] - d[5], 5.25f, d[7] - d[1]));
+}
+
+void to_points(const float* x, int64_t run, int64_t tiles, float* out, int64_t plane) {
+  int64_t tile = 0;
+  for (; run <= 8 && tile + 2 <= tiles; tile += 2) tile_to_points<true>(x + tile * kTileOutputs * run, run, out + tile * run, plane);
+  for (; tile < tiles; tile++)
+    for (int64_t lane = 0; lane < run; lane += 16) tile_to_points<false>(x + tile * kTileOutputs * run + lane, run, out + tile * run + lane, plane);
 }
 
 void from_points(const float* sums, int64_t width, int64_t tiles, float* y, int64_t pixel) {
@@ -116,39 +146,99 @@ INLINE F16 larger_number(F16 a, F16 b) {  // b where one is NaN
 INLINE F16 larger_or_nan(F16 a, F16 b) { return as_floats(as_integers(larger_number(a, b)) | as_integers(larger_number(b, a))); }
 
 template <int kVectors>
-INLINE void pool_window(const PoolRow& p, int64_t begin, int64_t end, int64_t channel, int64_t count, float* y) {
+INLINE void pool_window(const float* x, int64_t pixel, int64_t count, int64_t lanes, float* y) {
+  const auto vector = [=](int64_t i, int j) { return lanes < 16 ? load_part(x + i * pixel, lanes, 0) : load(x + i * pixel + 16 * j); };
   F16 most[kVectors];
 #pragma GCC unroll 4
-  for (int j = 0; j < kVectors; j++) most[j] = all(-INFINITY);
-  for (int64_t row = 0; row < p.count; row++)
-    for (int64_t column = begin; column < end; column++) {
-      const float* x = p.rows[row] + column * p.pixel + channel;
+  for (int j = 0; j < kVectors; j++) most[j] = vector(0, j);
+  for (int64_t i = 1; i < count; i++)
 #pragma GCC unroll 4
-      for (int j = 0; j < kVectors; j++) most[j] = larger_or_nan(count < 16 ? load_part(x, count, 0) : load(x + 16 * j), most[j]);
-    }
+    for (int j = 0; j < kVectors; j++) most[j] = larger_or_nan(vector(i, j), most[j]);
 #pragma GCC unroll 4
-  for (int j = 0; j < kVectors; j++) {
-    const int64_t at = channel + 16 * j;
-    if (p.bias) most[j] += count < 16 ? load_part(p.bias + at, count, 0) : load(p.bias + at);
-    if (p.clip) most[j] = select(most[j] < all(0), all(0), most[j]);
-    if (count < 16) store_part(y + at, most[j], count);
-    else store(y + at, most[j]);
-  }
+  for (int j = 0; j < kVectors; j++) store(y + 16 * j, most[j]);
 }
 
-void pool_row(const PoolRow& p) {
+void pool_columns(const PoolColumns& p) {
+  float* y = p.y;
   for (int64_t i = 0; i < p.outputs; i++) {
     const int64_t first = i * p.stride - p.padding, begin = first < 0 ? 0 : first;
     const int64_t end = first + p.kernel < p.columns ? first + p.kernel : p.columns;
-    float* y = p.y + i * p.channels;
+    const float* x = p.x + begin * p.pixel;
     int64_t channel = 0;
-    for (; channel + 64 <= p.channels; channel += 64) pool_window<4>(p, begin, end, channel, 16, y);
-    for (; channel + 16 <= p.channels; channel += 16) pool_window<1>(p, begin, end, channel, 16, y);
-    if (channel < p.channels) pool_window<1>(p, begin, end, channel, p.channels - channel, y);
+    for (; channel + 64 <= p.channels; channel += 64, y += 64) pool_window<4>(x + channel, p.pixel, end - begin, 16, y);
+    for (; channel + 16 <= p.channels; channel += 16, y += 16) pool_window<1>(x + channel, p.pixel, end - begin, 16, y);
+    if (channel < p.channels) pool_window<1>(x + channel, p.pixel, end - begin, p.channels - channel, y), y += 16;
   }
 }
 
-constexpr ImageKernels kImages = {tile_product, to_points, from_points, all_within, pool_row};
+void pool_rows(const PoolRows& p) {
+  int64_t at = 0;
+  for (int64_t i = 0; i < p.columns; i++)
+    for (int64_t channel = 0; channel < p.channels; channel += 16, at += 16) {
+      const int64_t lanes = p.channels - channel;
+      F16 most = load(p.rows[0] + at);
+      for (int64_t row = 1; row < p.count; row++) most = larger_or_nan(load(p.rows[row] + at), most);
+      if (p.bias) most += lanes < 16 ? load_part(p.bias + channel, lanes, 0) : load(p.bias + channel);
+      if (p.clip) most = select(most < all(0), all(0), most);
+      float* y = p.y + i * p.channels + channel;
+      if (lanes < 16) store_part(y, most, lanes);
+      else store(y, most);
+    }
+}
+
+// ----------------------------------------------------------------------------------------------------------- head
+
+constexpr int64_t kRowsAtOnce = 64;  // so that sums of many rows round little
+
+void means(const float* x, int64_t rows, int64_t n, float* y) {
+  for (int64_t column = 0; column < n; column += 16) {
+    const int64_t lanes = n - column;
+    F16 total = {};
+    for (int64_t first = 0; first < rows; first += kRowsAtOnce) {
+      F16 sum = {};
+      for (int64_t i = first; i < rows && i < first + kRowsAtOnce; i++)
+        sum += lanes < 16 ? load_part(x + i * n + column, lanes, 0) : load(x + i * n + column);
+      total += sum;
+    }
+    total = total / all(static_cast<float>(rows));
+    if (lanes < 16) store_part(y + column, total, lanes);
+    else store(y + column, total);
+  }
+}
+
+template <int kRows>
+INLINE void dots(const float* matrix, const float* bias, int64_t k, const float* x, float* y) {
+  F16 sum[kRows][2] = {};
+  int64_t i = 0;
+  for (; i + 32 <= k; i += 32)
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; r++)
+#pragma GCC unroll 2
+      for (int j = 0; j < 2; j++) {
+        const float* w = matrix + r * k + i + 16 * j;
+        __builtin_prefetch(w + kRows * k);
+        sum[r][j] = multiply_add(load(w), load(x + i + 16 * j), sum[r][j]);
+      }
+  for (; i < k; i += 16) {
+    const int64_t lanes = k - i < 16 ? k - i : 16;
+    const F16 q = load_part(x + i, lanes, 0);
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; r++) sum[r][0] = multiply_add(load_part(matrix + r * k + i, lanes, 0), q, sum[r][0]);
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; r++) y[r] = sum_of(sum[r][0] + sum[r][1]) + (bias ? bias[r] : 0.0f);
+}
+
+void matrix_rows(const float* matrix, const float* bias, int64_t rows, int64_t k, int64_t first, int64_t count, const float* x, int64_t m,
+                 float* y) {
+  int64_t row = first;
+  for (; row + 4 <= first + count; row += 4)
+    for (int64_t i = 0; i < m; i++) dots<4>(matrix + row * k, bias ? bias + row : nullptr, k, x + i * k, y + i * rows + row);
+  for (; row < first + count; row++)
+    for (int64_t i = 0; i < m; i++) dots<1>(matrix + row * k, bias ? bias + row : nullptr, k, x + i * k, y + i * rows + row);
+}
+
+constexpr ImageKernels kImages = {tile_product, to_points, from_points, all_within, pool_columns, pool_rows, means, matrix_rows};
 
 }  // namespace
 }  // namespace bitbell

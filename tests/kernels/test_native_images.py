@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bitbell.kernels import native
-from bitbell.kernels.native_images import NativeFloatConvolution, Pooling, max_pool
+from bitbell.kernels.native_images import NativeFloatConvolution, Pooling, float_linear, max_pool, pixel_means
 
 LEVELS = [name for name, why in native.level_names().items() if not why]
 CASES: dict[str, dict[str, Any]] = {  # channels, outputs, kernel, stride, padding (left, right, top, bottom), pooling
@@ -141,6 +141,38 @@ def test_any_shape_is_pooled_as_pytorch_does(data: st.DataObject) -> None:
             torch.testing.assert_close(max_pool(x, pooling, clip), expected, rtol=0, atol=0, equal_nan=True)
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_means_and_rows_of_any_shape(data: st.DataObject) -> None:
+    images, channels, outputs = (data.draw(st.integers(0, most)) for most in (3, 70, 140))
+    size = data.draw(st.tuples(*[st.integers(1, 20)] * 2))
+    x = (torch.randn(images, channels, *size) + 1).contiguous(memory_format=torch.channels_last)
+    weight, bias = torch.randn(outputs, channels), data.draw(st.sampled_from([None, torch.randn(outputs)]))
+    with native.using(data.draw(st.sampled_from(LEVELS))):
+        means = pixel_means(x)
+        y = float_linear(means[:, :, 0, 0], weight, bias)
+    torch.testing.assert_close(means.double(), x.double().mean((2, 3), keepdim=True), rtol=1e-6, atol=1e-6)
+    expected = F.linear(means[:, :, 0, 0].double(), weight.double(), None if bias is None else bias.double())
+    torch.testing.assert_close(y.double(), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_means_and_rows_keep_what_is_no_number(level: str) -> None:
+    x = torch.randn(2, 37, 9, 9).contiguous(memory_format=torch.channels_last)
+    x[0, 36, 4, 4], x[1, 3, 2, 1] = torch.nan, -torch.inf
+    weight = torch.randn(67, 37)
+    with native.using(level):
+        means = pixel_means(x)
+        torch.testing.assert_close(means, x.mean((2, 3), keepdim=True), equal_nan=True)
+        native.set_threads(2)
+        try:
+            y = float_linear(means.flatten(1), weight, None)
+        finally:
+            native.set_threads(None)
+        torch.testing.assert_close(y, float_linear(means.flatten(1), weight, None), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(y, F.linear(means.flatten(1), weight), equal_nan=True)
+
+
 def test_errors_name_what_is_wrong() -> None:
     layer = NativeFloatConvolution(torch.randn(2, 3, 3, 3), None)
     with pytest.raises(ValueError, match=r"\(N, 3, H, W\)"):
@@ -161,3 +193,13 @@ def test_errors_name_what_is_wrong() -> None:
         NativeFloatConvolution(torch.randn(2, 3, 3), None)
     with pytest.raises(ValueError, match="bias must have 2"):
         NativeFloatConvolution(torch.randn(2, 3, 3, 3), torch.randn(3))
+    with pytest.raises(ValueError, match="channels last"):
+        pixel_means(torch.randn(1, 3, 5, 5))
+    with pytest.raises(ValueError, match="pixels"):
+        pixel_means(torch.randn(1, 1, 0, 5))
+    with pytest.raises(ValueError, match=r"x must be \(\.\.\., 3\)"):
+        float_linear(torch.randn(1, 2), torch.randn(4, 3), None)
+    with pytest.raises(ValueError, match=r"bias must be \(4,\)"):
+        float_linear(torch.randn(1, 3), torch.randn(4, 3), torch.randn(3))
+    with pytest.raises(ValueError, match="float32"):
+        float_linear(torch.randn(1, 3).double(), torch.randn(4, 3), None)

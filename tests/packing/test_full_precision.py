@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from bitbell.kernels import native
 from bitbell.models import build_model
 from bitbell.packing import fold
-from bitbell.packing.full_precision import FloatConv2d, MaxPool2d
+from bitbell.packing.full_precision import FloatConv2d, FloatLinear, GlobalAvgPool2d, MaxPool2d
 
 LAST = torch.channels_last
 
@@ -183,3 +183,38 @@ def test_pooling_keeps_gradients_and_the_layout() -> None:
     assert x.grad is not None
     with pytest.raises(RuntimeError, match="pad should be"):
         MaxPool2d(3, 2, 2)(x.detach())
+
+
+@pytest.mark.parametrize("level", [native.REFERENCE, "portable", "auto"])
+@pytest.mark.parametrize("images", [0, 1, 9])
+def test_the_head_is_as_pytorchs(images: int, level: str) -> None:
+    head = nn.Sequential(nn.AdaptiveAvgPool2d((1, 1)), nn.Flatten(), nn.Linear(24, 7))
+    model = nn.Sequential(nn.Conv2d(3, 24, 3), head).eval()
+    folded: Any = fold(model)
+    assert [isinstance(m, FloatLinear | GlobalAvgPool2d) for m in folded.modules()].count(True) == 2
+    with native.using(level):
+        assert same(model, folded, torch.randn(images, 3, 9, 8))
+        assert same(model, folded, torch.randn(images, 3, 9, 8).contiguous(memory_format=LAST))
+    assert same(model.double(), folded.double(), torch.randn(images, 3, 9, 8).double())
+
+
+def test_heads_that_are_seen_or_others_stay() -> None:
+    seen, other = nn.Linear(24, 7), nn.AdaptiveAvgPool2d(2)
+    seen.register_forward_pre_hook(lambda *_: None)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), other, nn.Flatten(), seen).eval()
+    folded = fold(model)
+    assert not any(isinstance(m, FloatLinear | GlobalAvgPool2d) for m in folded.modules())
+    assert same(model, folded, torch.randn(2, 3, 9, 8))
+
+
+def test_a_linear_layer_takes_what_it_is_given() -> None:
+    layer, x = nn.Linear(5, 3, bias=False).requires_grad_(False), torch.randn(1, 2, 5)
+    fast = FloatLinear.of(layer)
+    torch.testing.assert_close(fast(x), layer(x))
+    torch.testing.assert_close(fast(x.bfloat16().float().requires_grad_()), layer(x.bfloat16().float()))
+    layer.weight.mul_(2)
+    torch.testing.assert_close(fast(x), layer(x))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert fast(x).dtype == torch.bfloat16
+    with pytest.raises(RuntimeError):
+        fast(torch.randn(2, 4))

@@ -1,4 +1,5 @@
-"""Convolutions in full precision of images of few channels, with their ReLU and pooling, and pooling alone, in C++."""
+"""What image models have in full precision, in C++: convolutions of few channels with their ReLU and pooling, pooling
+alone, means of all pixels, and linear layers of few rows."""
 
 from __future__ import annotations
 
@@ -117,3 +118,31 @@ def max_pool(x: Tensor, pooling: Pooling, clip: bool = False) -> Tensor:
         place = pooling.numbers(), clip, y.data_ptr()
         native._loaded().max_pool(native.level(), x.data_ptr(), *shape, *place, native.threads())
     return y.permute(0, 3, 1, 2)
+
+
+def pixel_means(x: Tensor) -> Tensor:
+    """x (N, C, H, W) float32, channels last -> (N, C, 1, 1), the mean of all pixels of a channel."""
+    if x.dim() != 4 or not x.is_contiguous(memory_format=torch.channels_last):
+        raise ValueError(f"x must be (N, C, H, W), channels last, got {tuple(x.shape)} with strides {x.stride()}")
+    if x.dtype != torch.float32 or not x.is_cpu or not x.shape[2] * x.shape[3]:
+        raise ValueError(f"x must have float32 pixels on the CPU, got {x.dtype} {tuple(x.shape)} on {x.device}")
+    images, channels, height, width = x.shape
+    y = torch.empty((images, channels, 1, 1), **native.FLOATS)
+    native._loaded().pixel_means(native.level(), x.data_ptr(), images, height * width, channels, y.data_ptr())
+    return y
+
+
+def float_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (..., I) times weight (O, I), plus bias (O,): (..., O), all float32. As fast as memory gives for a few rows."""
+    if weight.dim() != 2 or x.shape[-1:] != weight.shape[1:]:
+        raise ValueError(f"x must be (..., {weight.shape[-1]}), got {tuple(x.shape)}")
+    x, weight = native._on_cpu("x", x, torch.float32), native._on_cpu("weight", weight.detach(), torch.float32)
+    held = None if bias is None else native._on_cpu("bias", bias.detach(), torch.float32)
+    if held is not None and held.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be ({len(weight)},), got {tuple(held.shape)}")
+    rows, k = weight.shape
+    y = torch.empty((*x.shape[:-1], rows), **native.FLOATS)
+    if y.numel():
+        numbers = weight.data_ptr(), 0 if held is None else held.data_ptr(), rows, k, x.data_ptr(), y.numel() // rows
+        native._loaded().float_linear(native.level(), *numbers, y.data_ptr(), native.threads())
+    return y

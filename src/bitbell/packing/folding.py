@@ -22,7 +22,7 @@ from bitbell.kernels.native_convolution import NativeChain
 from bitbell.kernels.native_convolution import Step as Link
 from bitbell.layers.convolution import as_images
 from bitbell.packing.conv2d import PackedConv2d
-from bitbell.packing.full_precision import FloatConv2d, MaxPool2d
+from bitbell.packing.full_precision import FloatConv2d, MaxPool2d, in_place_of
 from bitbell.packing.layers import PackedLinear, is_plain
 from bitbell.packing.model import PackedModel
 
@@ -52,8 +52,8 @@ def fold(model: nn.Module) -> nn.Module:
     copied = copy.deepcopy(model.model if isinstance(model, PackedModel) else model).eval().requires_grad_(False)
     folded: Any = _fold_inside(copied)
     for name, module in list(folded.named_modules()):
-        if name and MaxPool2d.takes(module):
-            _replace_module(folded, name, MaxPool2d.of(module))
+        if name:
+            _replace_module(folded, name, in_place_of(module))
     return folded.to(memory_format=torch.channels_last)
 
 

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitbell.kernels import native
-from bitbell.kernels.native_images import NativeFloatConvolution, Pooling, max_pool
+from bitbell.kernels.native_images import NativeFloatConvolution, Pooling, float_linear, max_pool, pixel_means
 from bitbell.packing.layers import is_plain
 
+FEW_ROWS = 4  # of a linear layer, whose time is that of reading its weight
 FEW_CHANNELS = 4  # of which oneDNN's convolutions fill their vectors badly
 Pair = tuple[int, int]
 
@@ -50,10 +51,9 @@ class FloatConv2d(nn.Module):
         return y if self.pool is None else self.pool(y)
 
     def _suits_native(self, x: Tensor) -> bool:
-        fast = native.level() != "portable"  # which takes twice as long as PyTorch on a machine that has more
         weight = self.conv.weight
         fits = weight.is_cpu and weight.dtype == torch.float32 and x.dim() == 4 and x.shape[1] == weight.shape[1]
-        return fast and fits and _is_native(x) and not (weight.requires_grad and torch.is_grad_enabled())
+        return fits and _is_fast() and _is_native(x) and not (weight.requires_grad and torch.is_grad_enabled())
 
     def _layer(self) -> NativeFloatConvolution:
         """Arranged at the first use, and again where the filters were replaced or changed."""
@@ -92,15 +92,72 @@ class MaxPool2d(nn.MaxPool2d):
         return Pooling(_pair(self.kernel_size), _pair(self.stride), _pair(self.padding))
 
     def forward(self, x: Tensor) -> Tensor:
-        if _is_native(x) and x.is_contiguous(memory_format=torch.channels_last):
+        if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and _is_native(x):
             pooling = self.pooling
             if min(pooling.output_size(x.shape[2], x.shape[3])) > 0:
                 return max_pool(x, pooling)
         return super().forward(x)
 
 
+class GlobalAvgPool2d(nn.AdaptiveAvgPool2d):
+    """Means of all pixels; of images that lie channels last in C++, of others in PyTorch."""
+
+    @classmethod
+    def of(cls, pool: nn.Module) -> GlobalAvgPool2d:
+        """In the place of `pool`, which it takes."""
+        return cls(1)
+
+    @staticmethod
+    def takes(pool: nn.Module | None) -> bool:
+        """Whether it gives one number a channel, and nobody looks on."""
+        return type(pool) is nn.AdaptiveAvgPool2d and _pair(pool.output_size) == (1, 1) and not _has_hooks(pool)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and _is_native(x):
+            return pixel_means(x)
+        return super().forward(x)
+
+
+class FloatLinear(nn.Linear):
+    """In C++ for a few rows, whose time is that of reading the weight, in PyTorch for many."""
+
+    @classmethod
+    def of(cls, linear: nn.Module) -> FloatLinear:
+        """In the place of `linear`, with its parameters."""
+        found: Any = linear
+        layer = cls(found.in_features, found.out_features, found.bias is not None, device="meta")
+        layer.weight, layer.bias = found.weight, found.bias
+        return layer.train(found.training)
+
+    @staticmethod
+    def takes(linear: nn.Module | None) -> bool:
+        """Whether the C++ kernels have a way for this layer, and nobody looks on."""
+        return type(linear) is nn.Linear and not _has_hooks(linear)
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.weight
+        plain = w.is_cpu and w.dtype == torch.float32 and not (w.requires_grad and torch.is_grad_enabled())
+        fits = x.shape[-1:] == w.shape[1:] and x.numel() <= FEW_ROWS * self.in_features
+        if plain and fits and _is_fast() and _is_native(x):
+            return float_linear(x, w, self.bias)
+        return super().forward(x)
+
+
+KINDS: tuple[Any, ...] = MaxPool2d, GlobalAvgPool2d, FloatLinear
+
+
+def in_place_of(module: nn.Module) -> nn.Module:
+    """What computes the same as `module` alone, faster; itself where there is nothing."""
+    return next((kind.of(module) for kind in KINDS if kind.takes(module)), module)
+
+
+def _is_fast() -> bool:
+    """Whether products are; the portable level takes twice as long as PyTorch on a machine that has more."""
+    return native.level() != "portable"
+
+
 def _is_native(x: Tensor) -> bool:
-    usable = x.is_cpu and x.dim() == 4 and x.dtype == torch.float32 and x.numel() > 0 and is_plain(x)
+    usable = x.is_cpu and x.dtype == torch.float32 and x.numel() > 0 and is_plain(x)
     return usable and native.available() and not torch.is_autocast_enabled("cpu")
 
 
