@@ -95,7 +95,11 @@ bool FloatConvolution::load_row(const Kernels& kernels, const Batch& batch, int6
                                 float* out) const {
   const int64_t channels = window_.channels, plane = batch.height * batch.width;
   float* to = (way.points ? padded : out) + window_.left * channels;
-  const float* x = batch.x + image * plane * channels + row * batch.width * (batch.channels_last ? channels : 1);
+  const int64_t of_row = batch.width * (batch.channels_last ? channels : 1), planes = batch.channels_last ? 1 : channels;
+  const float* x = batch.x + image * plane * channels + row * of_row;
+  if (row + window_.stride_h < batch.height)  // of what comes next
+    for (int64_t i = 0; i < planes; i++)
+      for (int64_t j = 0; j < of_row; j += 16) __builtin_prefetch(x + i * plane + window_.stride_h * of_row + j);
   if (batch.channels_last) {
     std::memcpy(to, x, static_cast<size_t>(batch.width * channels) * 4);
   } else {

@@ -48,9 +48,14 @@ void all_tiles(const TileProduct& p, int64_t column) {
 }
 
 void tile_product(const TileProduct& p) {
+  constexpr int kTwo = kSumVectors < 2 ? 1 : 2, kThree = kSumVectors < 3 ? 1 : 3;
   int64_t column = 0;
-  for (; kSumVectors == 4 && column + 64 <= p.width; column += 64) all_tiles<kSumVectors>(p, column);
-  for (; column < p.width; column += 16) all_tiles<1>(p, column);
+  for (; column + 16 * kSumVectors <= p.width; column += 16 * kSumVectors) all_tiles<kSumVectors>(p, column);
+  switch ((p.width - column) / 16) {
+    case 3: return all_tiles<kThree>(p, column);
+    case 2: return all_tiles<kTwo>(p, column);
+    case 1: return all_tiles<1>(p, column);
+  }
 }
 
 // ------------------------------------------------------------------------------------------------------- Winograd

@@ -181,8 +181,14 @@ def test_pooling_keeps_gradients_and_the_layout() -> None:
     x.requires_grad_()
     pool(x).sum().backward()
     assert x.grad is not None
+    with pytest.raises(RuntimeError):
+        pool(torch.ones(1, 4, 0, 3))
+
+
+def test_bad_poolings_still_raise_pytorchs_error() -> None:
+    folded = fold(nn.Sequential(nn.Conv2d(3, 16, 3), nn.MaxPool2d(3, 2, 2)).eval())
     with pytest.raises(RuntimeError, match="pad should be"):
-        MaxPool2d(3, 2, 2)(x.detach())
+        folded(torch.randn(1, 3, 9, 9))
 
 
 @pytest.mark.parametrize("level", [native.REFERENCE, "portable", "auto"])

@@ -73,6 +73,10 @@ class FloatConv2d(nn.Module):
 class MaxPool2d(nn.MaxPool2d):
     """Of images that lie channels last in C++, of others in PyTorch."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.pooling = Pooling(_pair(self.kernel_size), _pair(self.stride), _pair(self.padding))
+
     @classmethod
     def of(cls, pool: nn.Module) -> MaxPool2d:
         """In the place of `pool`, which it takes."""
@@ -87,15 +91,10 @@ class MaxPool2d(nn.MaxPool2d):
         halves = all(2 * p <= k for p, k in zip(_pair(pool.padding), _pair(pool.kernel_size), strict=True))
         return halves and _pair(pool.dilation) == (1, 1) and not pool.ceil_mode and not pool.return_indices
 
-    @property
-    def pooling(self) -> Pooling:
-        return Pooling(_pair(self.kernel_size), _pair(self.stride), _pair(self.padding))
-
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and _is_native(x):
-            pooling = self.pooling
-            if min(pooling.output_size(x.shape[2], x.shape[3])) > 0:
-                return max_pool(x, pooling)
+            if min(self.pooling.output_size(x.shape[2], x.shape[3])) > 0:
+                return max_pool(x, self.pooling)
         return super().forward(x)
 
 
