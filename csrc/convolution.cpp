@@ -14,7 +14,7 @@ namespace bitbell {
 namespace {
 
 constexpr int64_t kStripBytes = 256 * 1024;  // of copied windows: they stay in the second-level cache
-constexpr int64_t kMostWindows = 256, kLookupWindows = 96, kFewestWindows = 12;  // of a strip
+constexpr int64_t kMostWindows = 256, kLookupWindows = 112, kFewestWindows = 12, kTileWindows = 4;  // of a strip
 
 struct CopiedWindows {};
 struct WindowSums {};
@@ -215,12 +215,11 @@ void for_each_strip(const Job& job, int64_t size, int64_t parts, Use&& use) {
   });
 }
 
-// As many windows as fit, or fewer where that gives every thread some.
+// Windows of a strip, at most `most`: strips of about one size, and some for every thread.
 int64_t strip_size(const Job& job, int64_t most, int64_t parts) {
-  const int threads = job.call.threads;
-  const int64_t wanted = (2 * threads + job.images * parts - 1) / (job.images * parts);  // strips an image
-  const int64_t shared = round_up((job.windows + wanted - 1) / wanted, kFewestWindows);
-  return std::max<int64_t>(1, threads > 1 ? std::min(most, shared) : most);
+  const int64_t threads = job.call.threads, wanted = threads > 1 ? (2 * threads + job.images * parts - 1) / (job.images * parts) : 1;
+  const int64_t strips = std::max((job.windows + most - 1) / most, std::min(wanted, (job.windows + kFewestWindows - 1) / kFewestWindows));
+  return std::min(most, round_up((job.windows + strips - 1) / strips, kTileWindows));
 }
 
 void multiply_copies(const Job& job, const QuantizedImages& image) {
@@ -313,8 +312,10 @@ void look_products_up(const Job& job, const QuantizedImages& image) {
     for (const size_t end : calls.ends) {
       product.runs = calls.runs.data() + first, product.count = static_cast<int64_t>(end - first);
       product.finish = end == calls.runs.size() ? &rows : nullptr;
+      product.bytes = 0;
+      for (; first < end; first++) product.bytes += calls.runs[first].triples * (is_shared(window) ? kSharedTaps : 1) * of_row;
       job.kernels.lookups->product(product);
-      for (; first < end; first++) product.w += calls.runs[first].triples * (is_shared(window) ? kSharedTaps : 1) * of_row;
+      product.w += product.bytes;
       product.add = true;
     }
   });

@@ -142,6 +142,7 @@ struct Run {
 // pixel, each with weights of kSharedTaps taps, for which `pixel` addresses lie between; windows may then lie so as well.
 struct LookupProduct {
   const uint8_t* w = nullptr;
+  int64_t bytes = 0;  // of weights; what follows them comes next
   int panels = 1;
   const Run* runs = nullptr;
   int64_t count = 0;  // of runs

@@ -196,8 +196,11 @@ void lookup_product(const LookupProduct& p) {
   const Quarters quarters = p.finish ? quarters_of(*p.finish, *p.plan) : Quarters{};
   const auto fit = [&](int64_t i, int64_t count) { return i + count <= p.m; };
   const auto beside = [&](int64_t i, int64_t count) { return fit(i, count) && p.x[i + count - 1] - p.x[i] == (count - 1) * p.pixel; };
+  const int64_t ahead = p.bytes * 4 / (p.m + 3) + 64;  // of the weights that come next, for every 4 windows
   const auto with_outputs = [&](int64_t i, int64_t count, auto&& sum) {
     int32_t* acc = p.acc + i * p.panels * kPanelRows;
+    for (const uint8_t *next = p.w + p.bytes + i / 4 * ahead, *end = next + ahead * count / 4; next < end; next += 64)
+      _mm_prefetch(reinterpret_cast<const char*>(next), _MM_HINT_T1);
     for (int64_t r = 0; p.finish && r < count; r++) prefetch_outputs(*p.finish, i + r);
     sum(acc);
     if (p.finish) finish_some(*p.finish, *p.plan, quarters, i, i + count, acc);
