@@ -112,6 +112,20 @@ def test_a_resnet_keeps_only_convolutions_pooling_and_its_head() -> None:
     assert (got - expected).abs().max() < 0.05 * expected.abs().max()
 
 
+def test_a_folded_vision_transformer_gives_the_same_outputs() -> None:
+    """Its own forward reads the weight of the patches' convolution."""
+    images = torch.randn(2, 3, 16, 16)
+    whole = packed(build_model("vit-micro", image_size=16), images)
+    folded = fold(whole)
+    torch.testing.assert_close(folded(images).logits, whole(images).logits)
+    patches = folded.vit.embeddings.patch_embeddings  # type: ignore[union-attr]
+    assert torch.equal(patches.projection.weight, whole.model.vit.embeddings.patch_embeddings.projection.weight)
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        patches.nothing  # noqa: B018
+    with pytest.raises(ValueError, match="channel"):
+        folded(torch.randn(2, 1, 16, 16))
+
+
 def test_gradients_still_pass() -> None:
     images = torch.randn(1, 3, 8, 8)
     folded = fold(packed(Block(), images))

@@ -80,7 +80,6 @@ def max_pool(
     y: int,
     threads: int,
 ) -> None: ...
-
 def pixel_means(level: str, x: int, images: int, pixels: int, channels: int, y: int) -> None: ...
 def float_linear(
     level: str, matrix: int, bias: int, rows: int, k: int, x: int, m: int, y: int, threads: int

@@ -22,7 +22,7 @@ from bitbell.kernels.native_convolution import NativeChain
 from bitbell.kernels.native_convolution import Step as Link
 from bitbell.layers.convolution import as_images
 from bitbell.packing.conv2d import PackedConv2d
-from bitbell.packing.full_precision import FloatConv2d, MaxPool2d, in_place_of
+from bitbell.packing.full_precision import FloatConv2d, MaxPool2d, StandIn, in_place_of
 from bitbell.packing.layers import PackedLinear, is_plain
 from bitbell.packing.model import PackedModel
 
@@ -104,8 +104,10 @@ def _trace(module: nn.Module) -> tuple[fx.Graph, list[Size]]:
     return graph, [(places[name], dimension, size) for name, dimension, size in tracer.sizes]
 
 
-class _OfSizes(nn.Module):
+class _OfSizes(StandIn):
     """A traced module for inputs of certain sizes; the module itself, which checks them, for all others."""
+
+    stands_for = "module"
 
     def __init__(self, traced: fx.GraphModule, module: nn.Module, sizes: list[Size]) -> None:
         super().__init__()
@@ -122,11 +124,13 @@ def _has_size(args: tuple[Any, ...], place: int, dimension: int, size: int) -> b
     return isinstance(x, Tensor) and x.dim() > dimension and x.shape[dimension] == size
 
 
-class _Chain(nn.Module):
+class _Chain(StandIn):
     """A traced module that is nothing but packed convolutions: their C++ calls one after the other.
 
     steps: (convolution, index of its input, index of its residual or None); index 0 is the module's own input.
     """
+
+    stands_for = "traced"
 
     def __init__(self, traced: fx.GraphModule, steps: list[Step]) -> None:
         super().__init__()

@@ -5,7 +5,7 @@ Under autograd, compilation or another type than float32, and where the C++ kern
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +20,24 @@ FEW_CHANNELS = 4  # of which oneDNN's convolutions fill their vectors badly
 Pair = tuple[int, int]
 
 
-class FloatConv2d(nn.Module):
+class StandIn(nn.Module):
+    """A module in the place of another, of which it has the public attributes too: models read each other's."""
+
+    stands_for: ClassVar[str]  # its name here
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or name == self.stands_for:
+                raise
+            return getattr(super().__getattr__(self.stands_for), name)
+
+
+class FloatConv2d(StandIn):
     """A convolution in full precision, `clip`ped by a ReLU and pooled by `pool`, in one call."""
+
+    stands_for = "conv"
 
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
@@ -92,9 +108,9 @@ class MaxPool2d(nn.MaxPool2d):
         return halves and _pair(pool.dilation) == (1, 1) and not pool.ceil_mode and not pool.return_indices
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and _is_native(x):
-            if min(self.pooling.output_size(x.shape[2], x.shape[3])) > 0:
-                return max_pool(x, self.pooling)
+        suits = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and _is_native(x)
+        if suits and min(self.pooling.output_size(x.shape[2], x.shape[3])) > 0:
+            return max_pool(x, self.pooling)
         return super().forward(x)
 
 
