@@ -57,7 +57,7 @@ sanitize: $(VENV)/installed
 	CXX=g++ $(SANITIZED)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --force-reinstall . \
 	  -C build-dir=build/sanitized-objects -C cmake.define.BITBELL_SANITIZE=ON -C install.strip=false
 	$(SANITIZERS) BITBELL_KERNELS=portable $(SANITIZED)/bin/python -m bitbell info
-	$(SANITIZERS) $(SANITIZED)/bin/python -m pytest tests/kernels/test_native.py tests/kernels/test_native_convolution.py tests/kernels/test_training_kernels.py tests/packing/test_native_layers.py
+	$(SANITIZERS) $(SANITIZED)/bin/python -m pytest tests/kernels/test_native.py tests/kernels/test_native_convolution.py tests/kernels/test_native_images.py tests/kernels/test_training_kernels.py tests/packing/test_native_layers.py
 
 check-arm:
 	@command -v cmake >/dev/null && command -v $(ARM_CXX) >/dev/null && command -v $(ARM_RUN) >/dev/null || \
