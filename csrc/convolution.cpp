@@ -111,10 +111,10 @@ struct Job {
 
   // Weights of windows [first, first + count) of an image.
   void weights_of(int64_t group, int64_t first, int64_t count, const Weights** out) const {
-    const int64_t across = static_cast<int64_t>(kinds->across.kinds.size());
+    const int64_t across = static_cast<int64_t>(kinds->across.kinds.size()), down = static_cast<int64_t>(kinds->down.kinds.size());
     for (int64_t i = 0; i < count;) {
       const int64_t row = (first + i) / columns, column = (first + i) % columns, end = std::min(count, i + columns - column);
-      const Weights* of_row = kinds->weights.data() + (group * static_cast<int64_t>(kinds->down.kinds.size()) + kinds->down.kind[static_cast<size_t>(row)]) * across;
+      const Weights* of_row = kinds->weights.data() + (group * down + kinds->down.kind[static_cast<size_t>(row)]) * across;
       const int64_t* kind = kinds->across.kind.data() + column - i;
       for (; i < end; i++) out[i] = of_row + kind[i];
     }

@@ -101,7 +101,8 @@ INLINE void put_sums(const __m512i (&all)[kPanels][kRows], const __m512i (&odd)[
 
 // Not inlined: the registers are all its own.
 template <int kRows, int kPanels>
-__attribute__((noinline)) void lookup_tile(const uint8_t* w, const Run* runs, int64_t count, const uint16_t* const* given, int32_t first, bool add, int32_t* acc) {
+__attribute__((noinline)) void lookup_tile(const uint8_t* w, const Run* runs, int64_t count, const uint16_t* const* given, int32_t first,
+                                           bool add, int32_t* acc) {
   const uint8_t* table = kSums.of.data();
   __m512i all[kPanels][kRows], odd[kPanels][kRows], s[kPanels][kRows];
 #pragma GCC unroll 2
