@@ -41,7 +41,7 @@ def augmenter(how: str, library: str, size: int = 16, channels: int = 3, classes
 
 def test_parts_are_applied_in_one_order_with_their_numbers() -> None:
     how = Augmentation.parse("cutmix+erasing:probability=0.5+flip+randaugment:magnitude=5,operations=1+crop")
-    assert list(how.parts) == ["crop", "flip", "randaugment", "erasing", "cutmix"]
+    assert list(how.parts) == ["flip", "crop", "randaugment", "erasing", "cutmix"]
     assert how.parts["randaugment"] == {"operations": 1, "magnitude": 5}
     assert how.parts["erasing"] == {"probability": 0.5}
     assert (how.own, how.needs_library, how.mixes) == ("flip+crop", True, True)
@@ -56,7 +56,7 @@ def test_parts_are_applied_in_one_order_with_their_numbers() -> None:
 @pytest.mark.parametrize(
     ("text", "wrong"),
     [
-        ("mixip", r"augment must be of none, imagenet, deit, crop, .*cutmix, joined by \+.* Did you mean 'mixup'\?"),
+        ("mixip", r"augment must be of none, imagenet, deit, flip, .*cutmix, joined by \+.* Did you mean 'mixup'\?"),
         ("", "augment must be of none"),
         ("flip+", "augment must be of none"),
         ("flip+none", "none stands alone"),
@@ -67,6 +67,7 @@ def test_parts_are_applied_in_one_order_with_their_numbers() -> None:
         ("flip:share=1", "flip takes no options, not 'share'"),
         ("mixup:beta=1", "mixup takes alpha, not 'beta'"),
         ("mixup:", "mixup takes alpha, not ''"),
+        ("mixup:alpha=1,alpha=1", "mixup has alpha twice"),
         ("mixup:alpha=0", "alpha of mixup must be a number from 0.01 to 100, got '0'"),
         ("mixup:alpha=nan", "alpha of mixup must be a number"),
         ("cutmix:alpha", "alpha of cutmix must be a number from 0.01 to 100, got ''"),
@@ -100,6 +101,15 @@ def test_crop_and_flip_draw_what_they_always_drew() -> None:
     images = torch.arange(6 * 3 * 16 * 16, dtype=torch.float32).view(6, 3, 16, 16)
     moved = augment(images, "flip+crop", [draw(7, 1, place) for place in range(6)])
     assert hashlib.sha256(moved.numpy().tobytes()).hexdigest()[:16] == "c7c07ad89e605cbe"
+
+
+def test_crop_moves_what_flip_has_mirrored(digits: ImageDataset) -> None:
+    """In the order of the parts, however they are written; the other way round they give something else."""
+    numbers = [draw(0, 1, place) for place in range(40, 48)]
+    plain = ImageBatches(digits, batch_size=8).batch(5)[0]
+    both = ImageBatches(digits, batch_size=8, augment="crop+flip").batch(5)[0]
+    assert torch.equal(both, augment(augment(plain, "flip", numbers), "crop", numbers))
+    assert not torch.equal(both, augment(augment(plain, "crop", numbers), "flip", numbers))
 
 
 @pytest.mark.parametrize("how", ["imagenet", "randaugment", "trivialaugment", "erasing", "mixup", "cutmix", "deit"])

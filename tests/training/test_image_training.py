@@ -173,9 +173,10 @@ def test_data_and_preset_must_fit_each_other(make: Make, small_data: Path, tmp_p
         ValueError, match="augment_library must be auto, torchvision or kornia, got augment_library='x'"
     ):
         make(augment_library="x")
-    text = TrainConfig(data=str(small_data), out=str(tmp_path / "text"), preset="tiny", augment="mixup")
-    with pytest.raises(ValueError, match="augment is of images, and preset=tiny is a model of text"):
-        train(text)
+    for name, value in (("augment", "mixup"), ("label_smoothing", 0.1)):
+        text = TrainConfig(data=str(small_data), out=str(tmp_path / "text"), preset="tiny", **{name: value})
+        with pytest.raises(ValueError, match=f"{name} is of images, and preset=tiny is a model of text"):
+            train(text)
     with pytest.raises(ValueError, match="label_smoothing must be from 0 up to but without 1"):
         make(label_smoothing=1.0)
 

@@ -1,7 +1,7 @@
 """What is done to training images: named in one line of text, drawn from the seed and the place of every image.
 
     resized-crop+flip+randaugment:magnitude=5+mixup
-    crop, flip --> resized-crop --> randaugment or trivialaugment --> erasing --> mixup or cutmix, of the whole batch
+    flip --> crop or resized-crop --> randaugment or trivialaugment --> erasing --> mixup or cutmix, of the whole batch
 
 Crop and flip are bitbell's own; the rest is a library's (`bitbell.data.image_libraries`). The library draws from
 torch's generator, which is set for every image and put back: nobody else's random numbers depend on it.
@@ -38,8 +38,8 @@ class _Option:
 
 # In the order in which they are applied.
 PARTS: dict[str, dict[str, _Option]] = {
-    "crop": {},
     "flip": {},
+    "crop": {},
     "resized-crop": {"scale": _Option(0.08, 0.01, 1.0)},
     "randaugment": {"operations": _Option(2, 1, 14, whole=True), "magnitude": _Option(9, 1, 29, whole=True)},
     "trivialaugment": {},
@@ -52,7 +52,7 @@ SHORTHANDS = {
     "imagenet": "resized-crop+flip",
     "deit": "resized-crop+flip+randaugment+erasing+mixup+cutmix",
 }
-_OWN = ("crop", "flip")
+_OWN = ("flip", "crop")
 _MIXING = ("mixup", "cutmix")
 _EITHER = (("crop", "resized-crop"), ("randaugment", "trivialaugment"))
 _IMAGE_STREAM, _MIX_STREAM = 2, 3  # of the seed: 0 is the order's, 1 crop's and flip's
@@ -83,8 +83,8 @@ class Augmentation:
 
     @property
     def own(self) -> str:
-        """What bitbell does itself: crop, flip, both, or none."""
-        return "+".join(name for name in reversed(_OWN) if name in self.parts) or "none"
+        """What bitbell does itself: flip, crop, flip+crop, or none."""
+        return "+".join(name for name in _OWN if name in self.parts) or "none"
 
     @property
     def needs_library(self) -> bool:
@@ -180,12 +180,14 @@ def _defaults(name: str) -> dict[str, float]:
 
 
 def _options(name: str, text: str, whole: str) -> dict[str, float]:
-    options = _defaults(name)
+    options: dict[str, float] = {}
     for item in text.split(","):
         option, _, value = item.partition("=")
-        if option not in options:
-            allowed = f"takes {', '.join(options)}" if options else "takes no options"
+        if option not in PARTS[name]:
+            allowed = f"takes {', '.join(PARTS[name])}" if PARTS[name] else "takes no options"
             raise ValueError(f"augment: {name} {allowed}, not {option!r}, got augment={whole!r}")
+        if option in options:
+            raise ValueError(f"augment: {name} has {option} twice, got augment={whole!r}")
         limits = PARTS[name][option]
         try:
             number = float(value)
@@ -194,7 +196,7 @@ def _options(name: str, text: str, whole: str) -> dict[str, float]:
         if not limits.low <= number <= limits.high or (limits.whole and number != int(number)):
             raise ValueError(f"augment: {option} of {name} must be {limits}, got {value!r} in augment={whole!r}")
         options[option] = number
-    return options
+    return _defaults(name) | options
 
 
 def _unknown(name: str, text: str) -> ValueError:

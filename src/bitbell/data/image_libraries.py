@@ -119,8 +119,9 @@ class _Torchvision(Library):
 
 
 # The operations of RandAugment's paper, for kornia. Its own list has others, shears by up to 54 degrees where a factor
-# of 0.3 is meant (17 degrees), and posterizes to 0 bits in TrivialAugment, which is black. It adds brightness where the
-# papers multiply, as its contrast does: half the range, so that something is left.
+# of 0.3 is meant (17 degrees), and posterizes to 0 bits in TrivialAugment, which is black. Its contrast multiplies
+# pixels, which is the papers' brightness, not their contrast (around the mean); its brightness adds to them: half the
+# range, so that something is left.
 _STRENGTHS = {
     "auto_contrast": (0, 1),
     "equalize": (0, 1),

@@ -80,8 +80,9 @@ def open_data(config: TrainConfig) -> TokenDataset | ImageDataset:
         wanted, there = ("images", "text") if is_for_images else ("text", "images")
         raise ValueError(f"preset={config.preset} is a model of {wanted}, and {config.data} is a data set of {there}")
     if not isinstance(preset, ImagePreset):
-        if config.augment != "none":
-            raise ValueError(f"augment is of images, and preset={config.preset} is a model of text: leave it out")
+        for name, absent in (("augment", "none"), ("label_smoothing", 0)):
+            if getattr(config, name) != absent:
+                raise ValueError(f"{name} is of images, and preset={config.preset} is a model of text: leave it out")
         return TokenDataset.open(config.data)
     dataset = ImageDataset.open(config.data)
     check_image_size(preset, dataset.size)
