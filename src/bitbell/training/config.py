@@ -113,7 +113,7 @@ class TrainConfig:
     final: float = 0.1
     """Last learning rate, as a share of the peak."""
     seed: int = 0
-    """Of the initial weights, of the order of the data, and of FOGZO's noise."""
+    """Of the initial weights, of the order and augmentation of the data, and of FOGZO's noise."""
 
     fogzo: bool = False
     """Correct the gradients of quantized weights by probing the loss (FOGZO): two more forward passes a step."""
