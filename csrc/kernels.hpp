@@ -159,6 +159,9 @@ struct LookupProduct {
 struct LookupKernels {
   // Table addresses (triples_of(count)) of `count` centred codes; 64 bytes from every code on may be read.
   void (*triples)(const int8_t* codes, int64_t count, uint16_t* out);
+  // The same of pixels of `count` rotated, finite numbers, and their sums of codes, by a plan of thresholds and no statistic. 48 numbers
+  // from every one on may be read.
+  void (*lines)(const InputPlan& plan, const float* h, int64_t pixels, int64_t count, uint16_t* out, int32_t* sums);
   void (*product)(const LookupProduct& product);
 };
 

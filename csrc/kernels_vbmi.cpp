@@ -22,21 +22,60 @@ struct Sums {
 };
 constexpr Sums kSums;
 
-void triples(const int8_t* codes, int64_t count, uint16_t* out) {
+// Addresses of 16 triples of digits (codes plus 2) in 48 bytes, as many as `left` codes have.
+INLINE void put_lines(__m512i digits, int64_t left, uint16_t* out) {
   alignas(64) static constexpr std::array<int8_t, 64> kPlaces = [] {
     std::array<int8_t, 64> places{};
     for (int i = 0; i < 64; i++) places[static_cast<size_t>(i)] = static_cast<int8_t>(i % 4 < 3 ? i / 4 * 3 + i % 4 : 0);
     return places;
   }();
-  const __m512i places = load512(kPlaces.data()), two = _mm512_set1_epi8(2), factors = _mm512_set1_epi32(0x00100401);
+  // Codes beyond the last one are the next pixel's, or whatever is there: their weight codes are 0.
+  const __m512i spread = _mm512_and_si512(_mm512_permutexvar_epi8(load512(kPlaces.data()), digits), _mm512_set1_epi8(3));
+  const __m512i number = _mm512_dpbusd_epi32(_mm512_setzero_si512(), spread, _mm512_set1_epi32(0x00100401));
+  const __mmask16 kept = static_cast<__mmask16>(left < 48 ? (1 << triples_of(left)) - 1 : 0xffff);
+  _mm512_mask_cvtepi32_storeu_epi16(out, kept, _mm512_slli_epi32(number, 6));
+}
+
+void triples(const int8_t* codes, int64_t count, uint16_t* out) {
+  for (int64_t i = 0; i < count; i += 48, out += 16) put_lines(_mm512_add_epi8(load512(codes + i), _mm512_set1_epi8(2)), count - i, out);
+}
+
+// Codes of one pixel as bits: of each threshold, where the numbers reach it.
+template <int kCount>
+INLINE int32_t lines_of_pixel(const __m512 (&t)[kCount], const float* h, int64_t count, uint16_t* out) {
+  int64_t sum = -count * ((kCount + 1) / 2);
   for (int64_t i = 0; i < count; i += 48, out += 16) {
-    // Codes beyond the last one are the next pixel's, or whatever is there: their weight codes are 0.
-    const __m512i digits = _mm512_add_epi8(_mm512_permutexvar_epi8(places, load512(codes + i)), two);
-    const __m512i number = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_and_si512(digits, _mm512_set1_epi8(3)), factors);
-    const int64_t left = triples_of(count - i);
-    const __mmask16 kept = static_cast<__mmask16>(left < 16 ? (1 << left) - 1 : 0xffff);
-    _mm512_mask_cvtepi32_storeu_epi16(out, kept, _mm512_slli_epi32(number, 6));
+    const int64_t left = count - i;
+    const uint64_t own = left < 48 ? (uint64_t{1} << left) - 1 : (uint64_t{1} << 48) - 1;
+    uint64_t reached[kCount] = {};
+#pragma GCC unroll 3
+    for (int j = 0; j < 3; j++) {
+      if (16 * j >= left) break;
+      const __m512 v = _mm512_loadu_ps(h + i + 16 * j);
+#pragma GCC unroll 3
+      for (int c = 0; c < kCount; c++) reached[c] |= static_cast<uint64_t>(_mm512_cmp_ps_mask(v, t[c], _CMP_GE_OQ)) << (16 * j);
+    }
+    __m512i digits = _mm512_set1_epi8(static_cast<char>(2 - (kCount + 1) / 2));
+#pragma GCC unroll 3
+    for (int c = 0; c < kCount; c++) {
+      sum += __builtin_popcountll(reached[c] & own);
+      digits = _mm512_mask_add_epi8(digits, reached[c], digits, _mm512_set1_epi8(1));
+    }
+    put_lines(digits, left, out);
   }
+  return static_cast<int32_t>(sum);
+}
+
+template <int kCount>
+void lines_of_pixels(const InputPlan& plan, const float* h, int64_t pixels, int64_t count, uint16_t* out, int32_t* sums) {
+  __m512 t[kCount];
+  for (int c = 0; c < kCount; c++) t[c] = _mm512_set1_ps(plan.thresholds[c] * plan.divisor_plus);
+  for (int64_t i = 0; i < pixels; i++, h += count, out += triples_of(count)) sums[i] = lines_of_pixel<kCount>(t, h, count, out);
+}
+
+void lines(const InputPlan& plan, const float* h, int64_t pixels, int64_t count, uint16_t* out, int32_t* sums) {
+  if (plan.bits == 1) lines_of_pixels<1>(plan, h, pixels, count, out, sums);
+  else lines_of_pixels<3>(plan, h, pixels, count, out, sums);
 }
 
 // Kept where it is: compilers would otherwise look everything up first and run out of registers.
@@ -217,7 +256,7 @@ void lookup_product(const LookupProduct& p) {
   else for_tiles<8>(p.m, fit, [&](auto rows, int64_t i) { tile(Width<1>{}, rows, i); });
 }
 
-constexpr LookupKernels kLookups = {triples, lookup_product};
+constexpr LookupKernels kLookups = {triples, lines, lookup_product};
 
 }  // namespace
 

@@ -53,10 +53,15 @@ void put_row(const QuantizedImages& images, T* row, bool inside, T zero, Put&& p
   std::fill(row + left + pixels, row + images.pitch, zero);
 }
 
+// Where a row of a padded image is, of codes or addresses; and the sums of its pixels.
+int64_t place_of(const QuantizedImages& images, int64_t n, int64_t padded_row) { return n * images.size + padded_row * images.pitch; }
+int32_t* sums_of(const QuantizedImages& images, int64_t n, int64_t padded_row) {
+  return images.sums + (n * images.height + padded_row - images.top) * images.width * images.groups;
+}
+
 // One row of a padded image, and its pixels' sums. codes: (width, channels), or null outside of the image.
 void place_row(const Kernels& kernels, const QuantizedImages& images, int64_t n, int64_t padded_row, const int8_t* codes) {
-  const int64_t group = images.channels / images.groups, groups = images.width * images.groups;
-  const int64_t at = n * images.size + padded_row * images.pitch;
+  const int64_t group = images.channels / images.groups, groups = images.width * images.groups, at = place_of(images, n, padded_row);
   if (images.look_up) {
     put_row(images, images.lines + at, codes != nullptr, kZeroTriple, [&](uint16_t* out) {
       for (int64_t i = 0; i < groups; i++) kernels.lookups->triples(codes + i * group, group, out + i * triples_of(group));
@@ -66,8 +71,16 @@ void place_row(const Kernels& kernels, const QuantizedImages& images, int64_t n,
             [&](int8_t* out) { std::memcpy(out, codes, static_cast<size_t>(images.width * images.channels)); });
   }
   if (!codes) return;
-  int32_t* sums = images.sums + (n * images.height + padded_row - images.top) * groups;
+  int32_t* sums = sums_of(images, n, padded_row);
   for (int64_t i = 0; i < groups; i++) sums[i] = kernels.training->sum_of_codes(codes + i * group, group);
+}
+
+// The same of a row of rotated, finite numbers (width, channels), without codes on the way.
+void place_lines(const Kernels& kernels, const QuantizedImages& images, int64_t n, int64_t padded_row, const InputPlan& known, const float* h) {
+  put_row(images, images.lines + place_of(images, n, padded_row), true, kZeroTriple, [&](uint16_t* out) {
+    const int64_t groups = images.width * images.groups;
+    kernels.lookups->lines(known, h, groups, images.channels / images.groups, out, sums_of(images, n, padded_row));
+  });
 }
 
 // One step for all pixels of an image, or of all: NaN in one of them is NaN in all, as one tensor's statistics have it.
@@ -124,7 +137,7 @@ void fill(const Kernels& kernels, const InputPlan& plan, const ConvolutionCall& 
   }
   images.sums = scratch_of<PixelSums, int32_t>(call.images * call.height * call.width * images.groups);
   const bool measures = plan.statistic != Statistic::none;
-  float* rotated = measures ? scratch_of<RotatedImages, float>(call.images * call.height * stride) : nullptr;
+  float* rotated = measures ? scratch_of<RotatedImages, float>(call.images * call.height * stride + kSlack) : nullptr;
   const std::vector<float> sizes = measures ? measure_images(kernels, plan, call, row, rotated, stride) : std::vector<float>();
   float* steps = scratch_of<RowSteps, float>(call.images * call.height);
   parallel_for(call.threads, call.images * padded, 1, [&](int64_t begin, int64_t end, int) {
@@ -136,6 +149,11 @@ void fill(const Kernels& kernels, const InputPlan& plan, const ConvolutionCall& 
       int32_t sum;
       if (inside && measures) {
         const InputPlan known = measured_plan(plan, sizes[static_cast<size_t>(n)]);
+        if (images.look_up && known.finite && known.thresholds) {
+          place_lines(kernels, images, n, i % padded, known, rotated + at * stride);
+          steps[at] = known.step_plus;
+          continue;
+        }
         kernels.quantize(known, rotated + at * stride, row, codes, steps + at, &sum, rotated + at * stride);
       } else if (inside) {
         kernels.quantize(plan, call.x + at * row, row, codes, steps + at, &sum, h);
