@@ -70,6 +70,7 @@ class NativeChain {
   explicit NativeChain(nb::list steps) : kept_(steps) {
     for (nb::handle handle : steps) {
       const auto step = nb::cast<nb::tuple>(handle);
+      require_entry(nb::len(step) == 6, "numbers of a step", static_cast<int64_t>(nb::len(step)), "6");
       const auto number = [&](size_t i) { return nb::cast<int64_t>(step[i]); };
       const int64_t made = static_cast<int64_t>(steps_.size());
       require_entry(number(1) >= 0 && number(1) <= made, "source", number(1), "images that are there");

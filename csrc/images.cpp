@@ -13,7 +13,7 @@ namespace {
 
 constexpr int64_t kPanel = 64;          // outputs that are summed at a time
 constexpr int64_t kTilesAtOnce = 24;    // whose sums the nearest cache holds
-constexpr float kLimit = 0x1p50f;       // of pixels and weights: sums of their products, and of points', are finite
+constexpr float kLimit = 256;           // of pixels and weights: points spread the rounding of large ones over their tile
 constexpr double kPoints[] = {0, 1, -1, 2, -2, 0.5, -0.5};  // and infinity
 
 // What the taps' products with 1, a, a**2, ... at a point are divided by.
@@ -53,7 +53,8 @@ int64_t FloatConvolution::panel_width(int64_t panel) const { return std::min(kPa
 // Numbers of a row that are summed at a point: all phases of the stride, but at infinity those alone that have a last tap.
 int64_t FloatConvolution::run_of(int64_t point) const {
   const Window& w = window_;
-  return (point == kTilePoints - 1 ? w.kernel_w - (kTileTaps - 1) * w.stride_w : w.stride_w) * w.channels;
+  const int64_t last = std::max<int64_t>(0, w.kernel_w - (kTileTaps - 1) * w.stride_w);
+  return (point == kTilePoints - 1 ? last : w.stride_w) * w.channels;
 }
 
 // Panels of at most 64 outputs: (points,) kernel rows, taps and channels of a row, outputs. Points sum over phases of the stride

@@ -133,7 +133,11 @@ def test_codes_of_the_same_images_serve_again(level: str) -> None:
         assert torch.equal(second(wide.x, again=True), narrow.expected())
         assert torch.equal(second(wide.x), narrow.expected())
         assert torch.equal(first(wide.x, again=True), wide.expected())
-        wide.x = wide.x.flip(1).contiguous()
+        expected = narrow.expected()
+        first(wide.x)
+        wide.x.zero_()  # which nobody may do; it shows that the codes are those of before
+        assert torch.equal(second(wide.x, again=True), expected)
+        wide.x = narrow.x.flip(1).contiguous()
         assert torch.equal(first(wide.x, again=True), wide.expected())
 
 

@@ -17,6 +17,8 @@ CASES: dict[str, dict[str, Any]] = {  # channels, outputs, kernel, stride, paddi
     "resnet": {"kernel": (7, 7), "stride": (2, 2), "padding": (3, 3, 3, 3), "pooling": Pooling((3, 3), (2, 2), (1, 1))},
     "3x3": {"channels": 1, "outputs": 20, "padding": (1, 1, 1, 1)},
     "3x3/2": {"channels": 4, "outputs": 130, "stride": (2, 2), "padding": (0, 1, 1, 0)},
+    "5x5/2": {"outputs": 130, "kernel": (5, 5), "stride": (2, 2), "padding": (2, 2, 2, 2)},
+    "8x8/3": {"channels": 2, "outputs": 70, "kernel": (8, 8), "stride": (3, 3)},
     "patches": {"kernel": (4, 4), "stride": (4, 4), "outputs": 5},
     "beyond": {"kernel": (2, 4), "padding": (9, 8, 7, 6), "pooling": Pooling((2, 3), (3, 1), (1, 0))},
     "skipping": {"kernel": (1, 3), "stride": (3, 1), "pooling": Pooling((1, 2), (2, 3), (0, 1))},
@@ -109,7 +111,7 @@ def test_any_shape_is_convolved(data: st.DataObject) -> None:
     x = torch.randn(
         data.draw(st.integers(1, 2)), data.draw(st.integers(1, 5)), *data.draw(st.tuples(*[st.integers(1, 30)] * 2))
     )
-    weight = torch.randn(data.draw(st.integers(1, 70)), x.shape[1], *kernel)
+    weight = torch.randn(data.draw(st.sampled_from([1, 16, 33, 64, 65, 130])), x.shape[1], *kernel)
     layer = NativeFloatConvolution(weight, None, stride, padding)
     if min(layer.output_size(*x.shape[2:])) < 1:
         with pytest.raises(ValueError, match="too small"):

@@ -126,6 +126,50 @@ def test_a_folded_vision_transformer_gives_the_same_outputs() -> None:
         folded(torch.randn(2, 1, 16, 16))
 
 
+class InARow(nn.Module):
+    """Two packed convolutions, in a module that is called by one that cannot be traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 32, 3)
+        self.both = nn.Sequential(nn.Conv2d(32, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3))
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return self.both(self.stem(x)) * scale
+
+
+@pytest.mark.skipif(native.extension is None, reason="the extension is not built")
+@pytest.mark.parametrize("change", ["codes", "state", "scale", "bias"])
+def test_a_chain_notices_what_is_changed_after_its_first_call(change: str) -> None:
+    images = torch.randn(2, 3, 12, 12)
+    folded, other = (fold(packed(InARow(), images)) for _ in range(2))
+    assert "_Chain" in kinds(folded)
+    conv, its = (model.get_submodule("both.traced.2") for model in (folded, other))
+    with native.using("auto"), torch.no_grad():
+        before = folded(images)
+        if change == "codes":
+            conv.weight_packed.copy_(its.weight_packed)
+        elif change == "state":
+            folded.load_state_dict(other.state_dict())
+        elif change == "scale":
+            conv.weight_scale = conv.weight_scale * 2
+        else:
+            conv.bias = conv.bias + 3
+        after = folded(images)
+        torch.testing.assert_close(after, copy.deepcopy(folded)(images))
+    assert (after - before).abs().max() > 0.1
+
+
+def test_convolutions_with_hooks_are_not_chained() -> None:
+    images, calls = torch.randn(1, 3, 12, 12), []
+    model = packed(InARow(), images)
+    model.model.both[2].register_forward_hook(lambda *_: calls.append(1))
+    folded = fold(model)
+    folded(images)
+    assert "_Chain" not in kinds(folded)
+    assert calls == [1]
+
+
 def test_gradients_still_pass() -> None:
     images = torch.randn(1, 3, 8, 8)
     folded = fold(packed(Block(), images))

@@ -224,3 +224,51 @@ def test_a_linear_layer_takes_what_it_is_given() -> None:
         assert fast(x).dtype == torch.bfloat16
     with pytest.raises(RuntimeError):
         fast(torch.randn(2, 4))
+
+
+class Marked(Tensor):
+    """As libraries have them whose weights are not numbers in memory."""
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(40, 8), nn.Conv2d(3, 8, 7, 2)])
+def test_weights_of_another_kind_are_left_to_pytorch(layer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    folded: Any = fold(nn.Sequential(layer))
+    inner = folded.get_submodule("0")
+    inner = inner.conv if isinstance(inner, FloatConv2d) else inner
+    inner.weight = nn.Parameter(layer.weight.detach().as_subclass(Marked), requires_grad=False)
+    for name in ("float_linear", "NativeFloatConvolution"):
+        monkeypatch.setattr(f"bitbell.packing.full_precision.{name}", None)
+    x = torch.randn(1, 40) if isinstance(layer, nn.Linear) else torch.randn(1, 3, 30, 30)
+    torch.testing.assert_close(folded(x).as_subclass(Tensor), layer(x).detach())
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(40, 8), nn.Conv2d(3, 8, 7, 2)])
+def test_a_bias_that_learns_gets_its_gradient(layer: Any) -> None:
+    folded: Any = fold(nn.Sequential(layer))
+    inner = folded.get_submodule("0")
+    inner.bias.requires_grad_(True)
+    x = torch.randn(1, 40) if isinstance(layer, nn.Linear) else torch.randn(1, 3, 30, 30)
+    folded(x).sum().backward()
+    assert inner.bias.grad is not None
+
+
+@pytest.mark.parametrize("layer", [nn.MaxPool2d(66), nn.MaxPool2d((2,)), nn.Conv2d(3, 16, (65, 1))])
+def test_windows_of_any_size_and_form_still_work(layer: Any) -> None:
+    x = torch.randn(1, 3, 70, 70).contiguous(memory_format=LAST)
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), layer).eval()
+    assert same(model, fold(model), x)
+
+
+def test_another_forward_of_this_very_layer_is_kept() -> None:
+    layer: Any = nn.Linear(40, 8)
+    layer.forward = lambda x: x
+    x = torch.randn(1, 40)
+    assert torch.equal(fold(nn.Sequential(layer))(x), x)
+
+
+def test_filters_that_took_a_way_through_another_type_are_arranged_anew() -> None:
+    model = stem()
+    folded, images = fold(model), torch.randn(1, 3, 30, 33)
+    folded(images)
+    folded.bfloat16()
+    assert same(copy.deepcopy(folded).float(), folded.float(), images)

@@ -10,6 +10,7 @@ from torch import Tensor
 from bitbell.kernels import native
 from bitbell.kernels.native import InputPlan
 
+KEPT_SIZES = 64  # of images, whose shapes a chain remembers
 WINDOW = ("channels", "outputs", "groups", "kernel", "stride", "dilation", "padding")
 
 
@@ -156,9 +157,13 @@ class NativeChain:
         self._sizes: dict[tuple[int, int], list[tuple[int, ...]]] = {}  # of all images, by that of the first
 
     def fits(self, x: Tensor) -> bool:
-        """Whether every residual has the shape of what it is added to, for images `x` (N, H, W, channels)."""
+        """Whether the first step takes images `x` (N, H, W, channels), and residuals fit what they are added to."""
+        if x.dim() != 4 or x.shape[3] != self.steps[0].convolution.channels:
+            return False
         size = (x.shape[1], x.shape[2])
         if size not in self._sizes:
+            if len(self._sizes) >= KEPT_SIZES:
+                self._sizes.clear()
             shapes = [tuple(x.shape[1:])]
             for step in self.steps:
                 given = torch.empty(1, *shapes[step.source], device="meta")
@@ -171,7 +176,11 @@ class NativeChain:
     def __call__(self, x: Tensor) -> Tensor:
         """x (N, H, W, channels) float32 -> (N, rows, columns, outputs) float32. Raises ValueError unless it `fits`."""
         if not self.fits(x):
-            raise ValueError(f"residuals must have the shape of what they are added to, not so for {tuple(x.shape)}")
+            wanted = f"(N, H, W, {self.steps[0].convolution.channels})"
+            raise ValueError(
+                f"x must be {wanted}, and residuals must have the shape of what they are added to; not so for "
+                f"{tuple(x.shape)}"
+            )
         x = native._on_cpu("x", x, torch.float32)
         images, height, width, _ = x.shape
         y = torch.empty(images, *self._sizes[height, width][-1], **native.FLOATS)

@@ -46,8 +46,9 @@ class NativeFloatConvolution:
 
     weight: float32 (O, I, height, width); bias: (O,) or None; padding: zeros left, right, above and below.
     Where 3 or 4 taps along a row fall on a phase of the stride (as of a 7 x 7 kernel with stride 2), rows are convolved
-    by Winograd's algorithm, F(5, 4): differences to the exact sums are about three times those of sums taken in order.
-    Images with NaN, infinity or numbers above 2**50 are convolved directly. Raises ValueError where parts do not fit.
+    by Winograd's algorithm, F(5, 4): differences to the exact sums are about three times those of sums taken in order,
+    where pixels are of one size. Images with NaN or numbers above 256, whose rounding would spread over a tile, are
+    convolved directly. Raises ValueError where parts do not fit.
     """
 
     def __init__(

@@ -22,7 +22,7 @@ from bitbell.kernels.native_convolution import NativeChain
 from bitbell.kernels.native_convolution import Step as Link
 from bitbell.layers.convolution import as_images
 from bitbell.packing.conv2d import PackedConv2d
-from bitbell.packing.full_precision import FloatConv2d, MaxPool2d, StandIn, in_place_of
+from bitbell.packing.full_precision import FloatConv2d, MaxPool2d, StandIn, has_hooks, in_place_of
 from bitbell.packing.layers import PackedLinear, is_plain
 from bitbell.packing.model import PackedModel
 
@@ -142,20 +142,23 @@ class _Chain(StandIn):
         if x.dim() != 4 or x.dtype != torch.float32 or not first._suits_native(x) or not is_plain(x):
             return self.traced(x)
         images = x.permute(0, 2, 3, 1)
-        chain = self._native = self._native or self._make_native()
+        chain = self._chain()
         if chain is None or not chain.fits(images):  # the module broadcasts, or says what does not fit
             return self.traced(x)
         return as_images(chain(images), x)
 
-    def _make_native(self) -> NativeChain | None:
-        """The convolutions in C++; None where one has no plan, or pads with other than zeros."""
+    def _chain(self) -> NativeChain | None:
+        """The convolutions in C++ as they are now; None where one has no plan, or pads with other than zeros."""
         layers: list[Any] = [conv.native_layer() for conv, _, _ in self._steps]
         if None in layers or any(conv.geometry.mode != "zeros" for conv, _, _ in self._steps):
             return None
-        steps = zip(layers, self._steps, strict=True)
-        return NativeChain(
-            [Link(layer.convolution, source, residual, conv.clip) for layer, (conv, source, residual) in steps]
-        )
+        links = [
+            Link(layer.convolution, source, residual, conv.clip)
+            for layer, (conv, source, residual) in zip(layers, self._steps, strict=True)
+        ]
+        if self._native is None or self._native.steps != links:
+            self._native = NativeChain(links)
+        return self._native
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies arrange for themselves."""
@@ -170,7 +173,8 @@ def _steps(traced: fx.GraphModule) -> list[Step] | None:
         conv = _module(traced, node)
         if node.op == "output" and steps and place.get(node.args[0]) == len(steps):
             return steps
-        if isinstance(conv, PackedConv2d) and all(arg in place for arg in node.args) and not node.kwargs:
+        known = all(arg in place for arg in node.args) and not node.kwargs
+        if isinstance(conv, PackedConv2d) and known and not has_hooks(conv):
             steps.append((conv, place[node.args[0]], place[node.args[1]] if len(node.args) > 1 else None))
         elif node.op != "placeholder" or place:
             return None

@@ -16,6 +16,7 @@ from bitbell.kernels.native_images import NativeFloatConvolution, Pooling, float
 from bitbell.packing.layers import is_plain
 
 FEW_ROWS = 4  # of a linear layer, whose time is that of reading its weight
+MOST_ROWS = 64  # of a window that the C++ kernels take
 FEW_CHANNELS = 4  # of which oneDNN's convolutions fill their vectors badly
 Pair = tuple[int, int]
 
@@ -51,10 +52,11 @@ class FloatConv2d(StandIn):
     @staticmethod
     def takes(conv: nn.Module | None) -> bool:
         """Whether the C++ kernels have a way that is faster than PyTorch's, and nobody looks on."""
-        if type(conv) is not nn.Conv2d or not isinstance(conv.padding, tuple) or _has_hooks(conv):
+        if type(conv) is not nn.Conv2d or not isinstance(conv.padding, tuple) or has_hooks(conv):
             return False
         plain = conv.padding_mode == "zeros" and conv.groups == 1 and conv.dilation == (1, 1)
-        return plain and conv.in_channels <= FEW_CHANNELS and conv.weight.dtype == torch.float32
+        fits = conv.in_channels <= FEW_CHANNELS and conv.kernel_size[0] <= MOST_ROWS
+        return plain and fits and conv.weight.dtype == torch.float32
 
     def forward(self, x: Tensor) -> Tensor:
         pooling = None if self.pool is None else self.pool.pooling
@@ -67,16 +69,15 @@ class FloatConv2d(StandIn):
         return y if self.pool is None else self.pool(y)
 
     def _suits_native(self, x: Tensor) -> bool:
-        weight = self.conv.weight
-        fits = weight.is_cpu and weight.dtype == torch.float32 and x.dim() == 4 and x.shape[1] == weight.shape[1]
-        return fits and _is_fast() and _is_native(x) and not (weight.requires_grad and torch.is_grad_enabled())
+        fits = x.dim() == 4 and x.shape[1] == self.conv.in_channels
+        return fits and _are_plain(self.conv.weight, self.conv.bias) and _is_fast() and _is_native(x)
 
     def _layer(self) -> NativeFloatConvolution:
         """Arranged at the first use, and again where the filters were replaced or changed."""
         conv: Any = self.conv
-        held = [(t, None if t is None or t.is_inference() else t._version) for t in (conv.weight, conv.bias)]
+        held = [_state_of(t) for t in (conv.weight, conv.bias)]
         made = self._made
-        if made is None or any(a is not b or v != w for (a, v), (b, w) in zip(made[0], held, strict=True)):
+        if made is None or any(a[0] is not b[0] or a[1:] != b[1:] for a, b in zip(made[0], held, strict=True)):
             padding = conv.padding[1], conv.padding[1], conv.padding[0], conv.padding[0]
             made = self._made = held, NativeFloatConvolution(conv.weight, conv.bias, conv.stride, padding)
         return made[1]
@@ -102,10 +103,11 @@ class MaxPool2d(nn.MaxPool2d):
     @staticmethod
     def takes(pool: nn.Module | None) -> bool:
         """Whether the C++ kernels have a way for this pooling, and nobody looks on."""
-        if type(pool) is not nn.MaxPool2d or _has_hooks(pool):
+        if type(pool) is not nn.MaxPool2d or has_hooks(pool):
             return False
         halves = all(2 * p <= k for p, k in zip(_pair(pool.padding), _pair(pool.kernel_size), strict=True))
-        return halves and _pair(pool.dilation) == (1, 1) and not pool.ceil_mode and not pool.return_indices
+        fits = halves and max(_pair(pool.kernel_size)) <= MOST_ROWS
+        return fits and _pair(pool.dilation) == (1, 1) and not pool.ceil_mode and not pool.return_indices
 
     def forward(self, x: Tensor) -> Tensor:
         suits = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and _is_native(x)
@@ -125,7 +127,7 @@ class GlobalAvgPool2d(nn.AdaptiveAvgPool2d):
     @staticmethod
     def takes(pool: nn.Module | None) -> bool:
         """Whether it gives one number a channel, and nobody looks on."""
-        return type(pool) is nn.AdaptiveAvgPool2d and _pair(pool.output_size) == (1, 1) and not _has_hooks(pool)
+        return type(pool) is nn.AdaptiveAvgPool2d and _pair(pool.output_size) == (1, 1) and not has_hooks(pool)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and _is_native(x):
@@ -147,13 +149,12 @@ class FloatLinear(nn.Linear):
     @staticmethod
     def takes(linear: nn.Module | None) -> bool:
         """Whether the C++ kernels have a way for this layer, and nobody looks on."""
-        return type(linear) is nn.Linear and not _has_hooks(linear)
+        return type(linear) is nn.Linear and not has_hooks(linear)
 
     def forward(self, x: Tensor) -> Tensor:
         w = self.weight
-        plain = w.is_cpu and w.dtype == torch.float32 and not (w.requires_grad and torch.is_grad_enabled())
         fits = x.shape[-1:] == w.shape[1:] and x.numel() <= FEW_ROWS * self.in_features
-        if plain and fits and _is_fast() and _is_native(x):
+        if fits and _are_plain(w, self.bias) and _is_fast() and _is_native(x):
             return float_linear(x, w, self.bias)
         return super().forward(x)
 
@@ -176,9 +177,29 @@ def _is_native(x: Tensor) -> bool:
     return usable and native.available() and not torch.is_autocast_enabled("cpu")
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody looks on, or has given this very module another `forward`."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(hooks) or "forward" in module.__dict__
+
+
+def _state_of(parameter: Tensor | None) -> tuple[Any, ...]:
+    """What tells whether it was replaced or changed in place (through `.data`: replaced alone)."""
+    if parameter is None:
+        return (None,)
+    return parameter, parameter.data_ptr(), None if parameter.is_inference() else parameter._version
+
+
+def _are_plain(*parameters: Tensor | None) -> bool:
+    """Whether the C++ kernels can read them, and autograd need not know."""
+    there = [p for p in parameters if p is not None]
+    learns = torch.is_grad_enabled() and any(p.requires_grad for p in there)
+    return not learns and all(
+        type(p) in (Tensor, nn.Parameter) and p.is_cpu and p.dtype == torch.float32 and p.layout is torch.strided
+        for p in there
+    )
 
 
 def _pair(of: Any) -> Pair:
-    return tuple(of) if isinstance(of, tuple | list) else (of, of)  # type: ignore[return-value]
+    both = tuple(of) if isinstance(of, tuple | list) else (of,)
+    return (both[0], both[-1])
