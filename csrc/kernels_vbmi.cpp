@@ -213,12 +213,9 @@ __attribute__((noinline)) void shared_tile(const uint8_t* w, const Run* runs, in
   put_sums<kRows, 1>(all, odd, first, add, acc);
 }
 
-// Asks for what a window's outputs are made of while its sums are looked up.
-INLINE void prefetch_outputs(const OutputRows& rows, int64_t i) {
-  for (int64_t j = 0; j < rows.count; j += 16) {
-    __builtin_prefetch(rows.y + i * rows.y_stride + j, 1);
-    if (rows.residual) __builtin_prefetch(rows.residual + i * rows.y_stride + j);
-  }
+// Asks for what is added to a window's outputs while its sums are looked up.
+INLINE void prefetch_residual(const OutputRows& rows, int64_t i) {
+  for (int64_t j = 0; j < rows.count; j += 16) __builtin_prefetch(rows.residual + i * rows.y_stride + j);
 }
 
 // Rows of windows: calls tile(Width<how many>, the first) of at most kMost, and only of windows that `together` lets.
@@ -241,7 +238,7 @@ void lookup_product(const LookupProduct& p) {
     int32_t* acc = p.acc + i * p.panels * kPanelRows;
     for (const uint8_t *next = p.w + p.bytes + i / 4 * ahead, *end = next + ahead * count / 4; next < end; next += 64)
       _mm_prefetch(reinterpret_cast<const char*>(next), _MM_HINT_T1);
-    for (int64_t r = 0; p.finish && r < count; r++) prefetch_outputs(*p.finish, i + r);
+    for (int64_t r = 0; p.finish && p.finish->residual && r < count; r++) prefetch_residual(*p.finish, i + r);
     sum(acc);
     if (p.finish) finish_some(*p.finish, *p.plan, quarters, i, i + count, acc);
   };

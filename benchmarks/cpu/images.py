@@ -5,8 +5,9 @@
 
 The same randomly initialised model everywhere, batches of random pixels (what is computed does not depend on them).
 "packed, folded" is `bitbell.packing.fold`. ONNX Runtime's int8 is its own static quantization (QDQ, unsigned
-activations, signed weights, one scale a channel), after its own preparation. Candidates take turns; each runs once
-unmeasured just before it is measured. Medians, and medians of ratios within a round.
+activations, signed weights, one scale a channel), after its own preparation. Candidates take turns; each runs `--warm`
+times unmeasured just before it is measured: once leaves much of what the others threw out of the caches to be fetched,
+several times are a loop of its own. Medians, and medians of ratios within a round.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ def session(graph: Path, images: Tensor, threads: int) -> Run:
     return lambda: opened.run(None, given)
 
 
-def measure(runs: dict[str, Run], rounds: int, threads: int) -> dict[str, list[float]]:
+def measure(runs: dict[str, Run], rounds: int, threads: int, warm: int) -> dict[str, list[float]]:
     clock = clock_for(threads)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
@@ -110,14 +111,17 @@ def measure(runs: dict[str, Run], rounds: int, threads: int) -> dict[str, list[f
             run()
     for _ in range(rounds):
         for name, run in runs.items():
-            run()
+            for _ in range(warm):
+                run()
             begun = clock()
             run()
             seconds[name].append(clock() - begun)
     return seconds
 
 
-def layer_rows(plain: nn.Module, recipe: str, images: Tensor, rounds: int, threads: int) -> list[dict[str, Any]]:
+def layer_rows(
+    plain: nn.Module, recipe: str, images: Tensor, rounds: int, threads: int, warm: int
+) -> list[dict[str, Any]]:
     """Each packed convolution, in the shapes that the model gives it, against the same convolution in float32."""
     trained = bitbell.calibrate(bitbell.quantize(copy.deepcopy(plain), recipe), images).eval()
     inputs: dict[str, Tensor] = {}
@@ -141,7 +145,7 @@ def layer_rows(plain: nn.Module, recipe: str, images: Tensor, rounds: int, threa
             "packed": lambda x=x, name=name: packed[name](x),
             "torch float32": lambda x=x, w=weight, how=how: nn.functional.conv2d(x, w, None, *how),
         }
-        seconds = measure(runs, rounds, threads)
+        seconds = measure(runs, rounds, threads, warm)
         products = layer.weight.numel() * x.shape[0] * (x.shape[2] // how[0][0]) * (x.shape[3] // how[0][1])
         rows.append({"layer": about, "products": products} | {n: statistics.median(s) for n, s in seconds.items()})
         rows[-1]["ratio"] = ratios(seconds["torch float32"], seconds["packed"]).json()
@@ -156,20 +160,24 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--warm", type=int, default=1, help="runs just before each measured one")
     parser.add_argument("--compiled", action="store_true", help="also torch.compile the model in float32")
     parser.add_argument("--json", default=None, help="also write the numbers to this file")
     args = parser.parse_args()
     use_threads(args.threads)
     images = torch.randn(args.batch, 3, args.size, args.size).to(memory_format=torch.channels_last)
     about = machine(args.threads)
-    print(describe(about), f"\n{args.preset}, {args.recipe}, {tuple(images.shape)}, {args.rounds} rounds\n")
+    print(
+        describe(about),
+        f"\n{args.preset}, {args.recipe}, {tuple(images.shape)}, {args.rounds} rounds, {args.warm} warm\n",
+    )
     with torch.inference_mode():
-        seconds = measure(candidates(args, images), args.rounds, args.threads)
+        seconds = measure(candidates(args, images), args.rounds, args.threads, args.warm)
         print(f"| model | ms | time / packed, folded |\n|{'---|' * 3}")
         for name, times in seconds.items():
             print(f"| {name} | {1e3 * statistics.median(times):.2f} | {ratios(times, seconds['packed, folded'])} |")
         plain = bitbell.build_model(args.preset, labels=1000, image_size=args.size).eval()
-        rows = layer_rows(plain, args.recipe, images, args.rounds, args.threads)
+        rows = layer_rows(plain, args.recipe, images, args.rounds, args.threads, args.warm)
     print(f"\n| convolution | packed, us | 10^9 products/s | torch float32, us | ratio |\n|{'---|' * 5}")
     for row in rows:
         packed, full = 1e6 * row["packed"], 1e6 * row["torch float32"]
