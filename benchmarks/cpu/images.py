@@ -160,17 +160,15 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--warm", type=int, default=1, help="runs just before each measured one")
+    parser.add_argument("--warm", type=int, default=8, help="runs just before each measured one")
     parser.add_argument("--compiled", action="store_true", help="also torch.compile the model in float32")
     parser.add_argument("--json", default=None, help="also write the numbers to this file")
     args = parser.parse_args()
     use_threads(args.threads)
     images = torch.randn(args.batch, 3, args.size, args.size).to(memory_format=torch.channels_last)
     about = machine(args.threads)
-    print(
-        describe(about),
-        f"\n{args.preset}, {args.recipe}, {tuple(images.shape)}, {args.rounds} rounds, {args.warm} warm\n",
-    )
+    rounds = f"{args.rounds} rounds, {args.warm} runs before each"
+    print(describe(about), f"\n{args.preset}, {args.recipe}, {tuple(images.shape)}, {rounds}\n")
     with torch.inference_mode():
         seconds = measure(candidates(args, images), args.rounds, args.threads, args.warm)
         print(f"| model | ms | time / packed, folded |\n|{'---|' * 3}")
