@@ -123,6 +123,9 @@ struct Job {
 
 // ----------------------------------------------------------------------------------------------------- products
 
+// Whether a row of a window lies together.
+bool is_joined(const Window& window) { return window.dilation_w == 1 && window.groups == 1; }
+
 // Some windows of an image, in the order of outputs.
 struct Strip {
   int64_t n, first, count;
@@ -192,7 +195,7 @@ OutputRows outputs_of(const Job& job, const QuantizedImages& image, const Strip&
 void copy_windows(const Job& job, const QuantizedImages& image, const Strip& strip, int64_t group, int64_t stride, int8_t* out) {
   const Window& window = job.window;
   const int64_t channels = window.group_channels();
-  const bool joined = window.dilation_w == 1 && window.groups == 1;
+  const bool joined = is_joined(window);
   const int64_t pieces = joined ? 1 : window.kernel_w, piece = joined ? window.kernel_w * channels : channels;
   for_windows(job, image, strip, [&](int64_t i, int64_t start) {
     const int8_t* from = image.codes + start + group * channels;
@@ -244,8 +247,6 @@ void multiply_copies(const Job& job, const QuantizedImages& image) {
 
 // --------------------------------------------------------------------------------------------------------- look-ups
 
-// Whether a row of a window lies together.
-bool is_joined(const Window& window) { return window.dilation_w == 1 && window.groups == 1; }
 // Whether windows beside each other share the look-ups of their pixels: where there is one panel, the addresses of pixels, not
 // the look-ups, would take the time.
 bool is_shared(const Window& window) {

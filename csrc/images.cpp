@@ -206,13 +206,13 @@ void FloatConvolution::run(const Kernels& kernels, const Batch& batch, const Poo
 }
 
 void max_pool(const Kernels& kernels, const float* x, int64_t images, int64_t height, int64_t width, int64_t channels, const Pooling& pooling,
-              bool clip, float* y, int threads) {
+              float* y, int threads) {
   const int64_t rows = pooling.rows(height), columns = pooling.columns(width), of_row = columns * round_up(channels, 16);
   parallel_for(threads, images * rows, 1, [&](int64_t begin, int64_t end, int) {
     float* pooled = scratch_of<Rows, float>(pooling.kernel_h * of_row);
     const float* window[kMostRows];
     PoolColumns along = {nullptr, width, channels, channels, pooling.kernel_w, pooling.stride_w, pooling.padding_w, columns, nullptr};
-    PoolRows across = {window, 0, columns, channels, nullptr, clip, nullptr};
+    PoolRows across = {window, 0, columns, channels, nullptr, false, nullptr};
     int64_t done = 0;  // rows of all images
     for (int64_t i = begin; i < end; i++) {
       const int64_t image = i / rows * height, top = image + i % rows * pooling.stride_h - pooling.padding_h;

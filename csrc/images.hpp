@@ -25,8 +25,8 @@ struct Batch {
 };
 
 // A convolution of one group, without dilation; its filters arranged for the kernels. Where along a row 3 or 4 taps fall on every
-// phase of the stride, rows are convolved by Winograd's algorithm, unless numbers are so large, or no numbers, that sums of them
-// might not be finite: those take the direct way.
+// phase of the stride, rows are convolved by Winograd's algorithm. Images with numbers so large that their rounding would show in
+// other outputs of a tile, or with no numbers, take the direct way.
 class FloatConvolution {
  public:
   // weight: (outputs, channels, kernel height, kernel width); bias: (outputs), or null.
@@ -61,8 +61,8 @@ class FloatConvolution {
   Floats direct_, points_, bias_;
 };
 
-// x (images, height, width, channels) -> y (images, pooled rows, pooled columns, channels), then with `clip` ReLU.
+// x (images, height, width, channels) -> y (images, pooled rows, pooled columns, channels).
 void max_pool(const Kernels& kernels, const float* x, int64_t images, int64_t height, int64_t width, int64_t channels, const Pooling& pooling,
-              bool clip, float* y, int threads);
+              float* y, int threads);
 
 }  // namespace bitbell

@@ -50,11 +50,11 @@ class NativeFloatConvolution {
 
 void bind_images(nb::module_& m) {
   m.def("max_pool", [](const std::string& level, Address x, int64_t images, int64_t height, int64_t width, int64_t channels,
-                       const PoolingNumbers& pooling, bool clip, Address y, int threads) {
+                       const PoolingNumbers& pooling, Address y, int threads) {
     const Kernels& kernels = kernels_of(level);
     const Pooling pool = pooling_from(pooling);
     nb::gil_scoped_release release;
-    max_pool(kernels, at<float>(x), images, height, width, channels, pool, clip, at<float>(y), threads);
+    max_pool(kernels, at<float>(x), images, height, width, channels, pool, at<float>(y), threads);
   });
   m.def("pixel_means", [](const std::string& level, Address x, int64_t images, int64_t pixels, int64_t channels, Address y) {
     const ImageKernels& kernels = *kernels_of(level).images;

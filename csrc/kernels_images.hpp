@@ -211,27 +211,13 @@ void means(const float* x, int64_t rows, int64_t n, float* y) {
   }
 }
 
-// As fast as memory gives: the numbers that come next are asked for ahead.
-INLINE float dot_ahead(const float* w, const float* x, int64_t k) {
-  F16 sum[4] = {};
-  int64_t i = 0;
-  for (; i + 64 <= k; i += 64)
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; j++) {
-      __builtin_prefetch(w + i + 16 * j + 1024);
-      sum[j] = multiply_add(load(w + i + 16 * j), load(x + i + 16 * j), sum[j]);
-    }
-  for (; i < k; i += 16) {
-    const int64_t lanes = k - i < 16 ? k - i : 16;
-    sum[0] = multiply_add(load_part(w + i, lanes, 0), load_part(x + i, lanes, 0), sum[0]);
-  }
-  return sum_of((sum[0] + sum[1]) + (sum[2] + sum[3]));
-}
-
+// As fast as memory gives: the row after the next is asked for ahead.
 void matrix_rows(const float* matrix, const float* bias, int64_t rows, int64_t k, int64_t first, int64_t count, const float* x, int64_t m,
                  float* y) {
-  for (int64_t row = first; row < first + count; row++)
-    for (int64_t i = 0; i < m; i++) y[i * rows + row] = dot_ahead(matrix + row * k, x + i * k, k) + (bias ? bias[row] : 0.0f);
+  for (int64_t row = first; row < first + count; row++) {
+    for (int64_t j = 0; j < k; j += 16) __builtin_prefetch(matrix + (row + 2) * k + j);
+    for (int64_t i = 0; i < m; i++) y[i * rows + row] = dot(matrix + row * k, x + i * k, k) + (bias ? bias[row] : 0.0f);
+  }
 }
 
 constexpr ImageKernels kImages = {tile_product, to_points, from_points, all_within, pool_columns, pool_rows, means, matrix_rows};

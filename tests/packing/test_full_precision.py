@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from bitbell.kernels import native
 from bitbell.models import build_model
 from bitbell.packing import fold
-from bitbell.packing.full_precision import FloatConv2d, FloatLinear, GlobalAvgPool2d, MaxPool2d
+from bitbell.packing.full_precision import FloatConv2d, FloatLinear, GlobalAvgPool2d, MaxPool2d, in_place_of
 
 LAST = torch.channels_last
 
@@ -215,7 +215,7 @@ def test_heads_that_are_seen_or_others_stay() -> None:
 
 def test_a_linear_layer_takes_what_it_is_given() -> None:
     layer, x = nn.Linear(5, 3, bias=False).requires_grad_(False), torch.randn(1, 2, 5)
-    fast = FloatLinear.of(layer)
+    fast = in_place_of(layer)
     torch.testing.assert_close(fast(x), layer(x))
     torch.testing.assert_close(fast(x.bfloat16().float().requires_grad_()), layer(x.bfloat16().float()))
     layer.weight.mul_(2)
@@ -257,6 +257,14 @@ def test_windows_of_any_size_and_form_still_work(layer: Any) -> None:
     x = torch.randn(1, 3, 70, 70).contiguous(memory_format=LAST)
     model = nn.Sequential(nn.Conv2d(3, 3, 1), layer).eval()
     assert same(model, fold(model), x)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(40, 8), nn.MaxPool2d(2), nn.AdaptiveAvgPool2d(1)])
+def test_what_else_a_layer_has_stays_with_it(layer: Any) -> None:
+    layer.factor = 3.0
+    folded: Any = fold(nn.Sequential(layer))[0]  # type: ignore[index]
+    assert type(folded).__module__ == "bitbell.packing.full_precision"
+    assert (folded.factor, folded.extra_repr()) == (3.0, layer.extra_repr())
 
 
 def test_another_forward_of_this_very_layer_is_kept() -> None:

@@ -76,7 +76,6 @@ def max_pool(
     width: int,
     channels: int,
     pooling: tuple[int, ...],
-    clip: bool,
     y: int,
     threads: int,
 ) -> None: ...

@@ -100,10 +100,10 @@ class NativeFloatConvolution:
         return y.permute(0, 3, 1, 2)
 
 
-def max_pool(x: Tensor, pooling: Pooling, clip: bool = False) -> Tensor:
+def max_pool(x: Tensor, pooling: Pooling) -> Tensor:
     """x (N, C, H, W) float32, channels last -> (N, C, rows, columns), channels last; NaN is larger than numbers.
 
-    clip: negative numbers become 0, as by a ReLU. Raises ValueError for images that no window fits.
+    Raises ValueError for images that no window fits.
     """
     if x.dim() != 4 or not x.is_contiguous(memory_format=torch.channels_last):
         raise ValueError(f"x must be (N, C, H, W), channels last, got {tuple(x.shape)} with strides {x.stride()}")
@@ -116,13 +116,16 @@ def max_pool(x: Tensor, pooling: Pooling, clip: bool = False) -> Tensor:
     y = torch.empty((images, rows, columns, channels), **native.FLOATS)
     if y.numel():
         shape = images, height, width, channels
-        place = pooling.numbers(), clip, y.data_ptr()
+        place = pooling.numbers(), y.data_ptr()
         native._loaded().max_pool(native.level(), x.data_ptr(), *shape, *place, native.threads())
     return y.permute(0, 3, 1, 2)
 
 
 def pixel_means(x: Tensor) -> Tensor:
-    """x (N, C, H, W) float32, channels last -> (N, C, 1, 1), the mean of all pixels of a channel."""
+    """x (N, C, H, W) float32, channels last -> (N, C, 1, 1), the mean of all pixels of a channel.
+
+    Raises ValueError for other layouts and types, and for images without pixels.
+    """
     if x.dim() != 4 or not x.is_contiguous(memory_format=torch.channels_last):
         raise ValueError(f"x must be (N, C, H, W), channels last, got {tuple(x.shape)} with strides {x.stride()}")
     if x.dtype != torch.float32 or not x.is_cpu or not x.shape[2] * x.shape[3]:
@@ -134,7 +137,10 @@ def pixel_means(x: Tensor) -> Tensor:
 
 
 def float_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x (..., I) times weight (O, I), plus bias (O,): (..., O), all float32. As fast as memory gives for a few rows."""
+    """x (..., I) times weight (O, I), plus bias (O,): (..., O), all float32. As fast as memory gives for a few rows.
+
+    Raises ValueError for shapes that do not fit each other, and for what is not float32 on the CPU.
+    """
     if weight.dim() != 2 or x.shape[-1:] != weight.shape[1:]:
         raise ValueError(f"x must be (..., {weight.shape[-1]}), got {tuple(x.shape)}")
     x, weight = native._on_cpu("x", x, torch.float32), native._on_cpu("weight", weight.detach(), torch.float32)

@@ -297,7 +297,7 @@ def _fold_full_precision(traced: fx.GraphModule, node: fx.Node, conv: nn.Conv2d)
         if _is_relu(traced, follower):
             folded.clip = True
         elif folded.pool is None and pool is not None and MaxPool2d.takes(pool):
-            folded.pool = MaxPool2d.of(pool)
+            folded.pool = in_place_of(pool)
         else:
             return
         _remove(traced, follower, node)

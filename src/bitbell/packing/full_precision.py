@@ -5,6 +5,8 @@ Under autograd, compilation or another type than float32, and where the C++ kern
 
 from __future__ import annotations
 
+import copy
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -90,15 +92,9 @@ class FloatConv2d(StandIn):
 class MaxPool2d(nn.MaxPool2d):
     """Of images that lie channels last in C++, of others in PyTorch."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.pooling = Pooling(_pair(self.kernel_size), _pair(self.stride), _pair(self.padding))
-
-    @classmethod
-    def of(cls, pool: nn.Module) -> MaxPool2d:
-        """In the place of `pool`, which it takes."""
-        found: Any = pool
-        return cls(found.kernel_size, found.stride, found.padding)
+    @cached_property
+    def pooling(self) -> Pooling:
+        return Pooling(_pair(self.kernel_size), _pair(self.stride), _pair(self.padding))
 
     @staticmethod
     def takes(pool: nn.Module | None) -> bool:
@@ -119,11 +115,6 @@ class MaxPool2d(nn.MaxPool2d):
 class GlobalAvgPool2d(nn.AdaptiveAvgPool2d):
     """Means of all pixels; of images that lie channels last in C++, of others in PyTorch."""
 
-    @classmethod
-    def of(cls, pool: nn.Module) -> GlobalAvgPool2d:
-        """In the place of `pool`, which it takes."""
-        return cls(1)
-
     @staticmethod
     def takes(pool: nn.Module | None) -> bool:
         """Whether it gives one number a channel, and nobody looks on."""
@@ -138,14 +129,6 @@ class GlobalAvgPool2d(nn.AdaptiveAvgPool2d):
 class FloatLinear(nn.Linear):
     """In C++ for a few rows, whose time is that of reading the weight, in PyTorch for many."""
 
-    @classmethod
-    def of(cls, linear: nn.Module) -> FloatLinear:
-        """In the place of `linear`, with its parameters."""
-        found: Any = linear
-        layer = cls(found.in_features, found.out_features, found.bias is not None, device="meta")
-        layer.weight, layer.bias = found.weight, found.bias
-        return layer.train(found.training)
-
     @staticmethod
     def takes(linear: nn.Module | None) -> bool:
         """Whether the C++ kernels have a way for this layer, and nobody looks on."""
@@ -159,12 +142,17 @@ class FloatLinear(nn.Linear):
         return super().forward(x)
 
 
-KINDS: tuple[Any, ...] = MaxPool2d, GlobalAvgPool2d, FloatLinear
+KINDS: tuple[Any, ...] = MaxPool2d, GlobalAvgPool2d, FloatLinear  # of the classes that they take, with another forward
 
 
-def in_place_of(module: nn.Module) -> nn.Module:
-    """What computes the same as `module` alone, faster; itself where there is nothing."""
-    return next((kind.of(module) for kind in KINDS if kind.takes(module)), module)
+def in_place_of(module: nn.Module) -> Any:
+    """What computes the same as `module` alone, faster, with all that it has; itself where there is nothing."""
+    for kind in KINDS:
+        if kind.takes(module):
+            module = copy.copy(module)
+            module.__class__ = kind
+            return module
+    return module
 
 
 def _is_fast() -> bool:
